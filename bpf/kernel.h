@@ -1,0 +1,148 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR Apache-2.0) */
+/* The parts of kernel structures that the datapath reads. Field offsets are
+ * relocated when the object is loaded (CO-RE), so only names and types matter
+ * here. Context structures and constants are stable and come from linux/bpf.h.
+ */
+#ifndef SKIPSTACK_KERNEL_H
+#define SKIPSTACK_KERNEL_H
+
+#include <linux/bpf.h>
+#include <stdbool.h>
+#include <bpf/bpf_helpers.h>
+#include <bpf/bpf_core_read.h>
+#include <bpf/bpf_endian.h>
+
+#define O_NONBLOCK 0x800 /* amd64, arm64, riscv: asm-generic/fcntl.h */
+#define SOL_TCP 6
+#define TCP_USER_TIMEOUT 18
+#define SHUTDOWN_BOTH 3	   /* SHUTDOWN_MASK, include/net/sock.h */
+#define SOCK_RCVBUF_LOCK 2 /* include/net/sock.h */
+
+#pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
+
+typedef struct {
+	int counter;
+} atomic_t;
+
+typedef struct {
+	__s64 counter;
+} atomic64_t;
+
+struct page_counter {
+	unsigned long max;
+	struct page_counter *parent;
+};
+
+struct mem_cgroup {
+	struct page_counter memory;
+	__u64 socket_pressure; /* jiffies; unsigned long before 6.17 */
+	struct page_counter tcpmem; /* cgroup v1 */
+	bool tcpmem_active;	    /* cgroup v1 */
+	int tcpmem_pressure;	    /* cgroup v1 */
+};
+
+struct kernfs_node {
+	__u64 id;
+};
+
+struct cgroup_subsys_state {
+	struct cgroup *cgroup;
+	struct cgroup_subsys_state *parent;
+};
+
+struct cgroup {
+	struct cgroup_subsys_state self;
+	struct kernfs_node *kn;
+};
+
+struct sock_cgroup_data {
+	struct cgroup *cgroup;
+};
+
+struct file {
+	unsigned int f_flags;
+};
+
+struct socket {
+	struct file *file;
+};
+
+struct sk_buff_head {
+	__u32 qlen;
+};
+
+struct proto {
+	atomic64_t *memory_allocated;
+	long *sysctl_mem;
+};
+
+struct sock_common {
+	struct proto *skc_prot;
+	atomic64_t skc_cookie;
+	struct sock *skc_listener; /* of a request sock */
+};
+
+struct sock {
+	struct sock_common __sk_common;
+	struct sk_buff_head sk_receive_queue;
+	struct {
+		atomic_t rmem_alloc;
+	} sk_backlog;
+	int sk_rcvbuf;
+	int sk_rcvlowat;
+	__u8 sk_userlocks : 4;
+	__u8 sk_shutdown;
+	struct mem_cgroup *sk_memcg;
+	struct socket *sk_socket;
+	void *sk_user_data;
+	struct sock_cgroup_data sk_cgrp_data;
+};
+
+struct inet_sock {
+	struct sock sk;
+};
+
+struct inet_connection_sock {
+	struct inet_sock icsk_inet;
+	const void *icsk_ulp_ops;
+};
+
+struct tcp_sock {
+	struct inet_connection_sock inet_conn;
+	__u32 rcv_nxt;
+	__u32 snd_una;
+	__u32 snd_nxt;
+	__u32 write_seq;
+	bool is_mptcp;
+};
+
+struct request_sock {
+	struct sock_common __req_common; /* rsk_listener is in here */
+};
+
+struct inet_request_sock {
+	struct request_sock req;
+};
+
+struct tcp_request_sock {
+	struct inet_request_sock req;
+	__u32 rcv_isn;
+	__u32 snt_isn;
+	bool is_mptcp;
+};
+
+struct bpf_sock_ops_kern {
+	struct sock *sk;
+};
+
+struct sk_psock {
+	struct sk_buff_head ingress_skb;
+};
+
+struct sk_buff {
+	char cb[48]; /* struct tcp_skb_cb begins with seq and end_seq */
+};
+
+#pragma clang attribute pop
+
+#endif

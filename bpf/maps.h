@@ -1,0 +1,151 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR Apache-2.0) */
+#ifndef SKIPSTACK_MAPS_H
+#define SKIPSTACK_MAPS_H
+
+#include "config.h"
+#include "counters.h"
+#include "keys.h"
+
+/* User space sets the sizes of these from maxConnections before loading:
+ * `socks` and `funnel_next` hold two entries a connection, `connections` only
+ * those whose client has not sent yet. */
+#define DEFAULT_MAX_CONNECTIONS 262144
+
+enum connection_state {
+	SYN_SEEN, /* a listener in an enabled pod is answering this SYN */
+	CLAIMING, /* a client is filling in its part */
+	CLAIMED,  /* the client is enrolled */
+	SPLICED,  /* the server is enrolled: both directions may redirect */
+	PLAIN,	  /* stays on TCP for life */
+};
+
+/* A connection between its SYN and the client's first message. */
+struct connection {
+	enum connection_state state; /* changed only by compare-and-swap */
+	enum connection_outcome refusal; /* why the server cannot enrol, 0 if it can */
+	__u64 syn_ns;  /* CLOCK_MONOTONIC */
+	__u64 client_sk;
+	__u64 client_cookie;
+	__u64 client_pod;
+	__u64 server_sk;
+	__u64 server_cookie;
+	__u64 server_pod;
+};
+
+/* Keyed by the client's end.
+ * Writers: sock_ops. Readers: sock_ops, sk_msg of the client.
+ * Deleted by whoever decides last (the client's first message; sock_ops when
+ * the client is remote or the client's socket closes), or evicted: an absent
+ * record means plain TCP, which is always right. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, DEFAULT_MAX_CONNECTIONS / 4);
+	__type(key, struct end_key);
+	__type(value, struct connection);
+} connections SEC(".maps");
+
+/* The sockets that may be redirected to, keyed by their own end.
+ * Writer: sock_ops. Reader: sk_msg (redirect). Removed by the kernel when a
+ * socket leaves TCP_ESTABLISHED for good; by sock_ops only before the first
+ * byte could have been redirected to it. */
+struct {
+	__uint(type, BPF_MAP_TYPE_SOCKHASH);
+	__uint(max_entries, 2 * DEFAULT_MAX_CONNECTIONS);
+	__type(key, struct end_key);
+	__type(value, __u64);
+} socks SEC(".maps");
+
+enum endpoint_mode {
+	ENDPOINT_UNDECIDED, /* a client that has not sent yet */
+	ENDPOINT_REDIRECT,
+	ENDPOINT_PLAIN,
+};
+
+/* What an enrolled socket knows of itself and its peer. */
+struct endpoint {
+	struct end_key own;
+	__u32 is_client;
+	enum endpoint_mode mode;
+	/* The peer: its address is only a hint until the cookie has been
+	 * compared, because the kernel may have reused the memory. */
+	__u64 peer_sk;
+	__u64 peer_cookie;
+	__u64 pod;	/* cgroup id */
+	__u64 peer_pod; /* cgroup id */
+	/* Cached for one tick by refresh(). */
+	__u64 checked;	  /* jiffies */
+	__u64 peer_psock; /* address */
+	__u64 low_mark;	  /* tcp_mem[0], pages */
+	__u32 generation; /* of struct control */
+	__u32 gate;	  /* 1: open */
+	__u32 pod_limit;  /* bytes, of the receiver's pod */
+	__u32 limit;	  /* bytes, in force */
+	__u32 pressure;	  /* the receiver's memory cgroup is short of memory */
+	__u32 queued;	  /* messages redirected since the receiver was last seen empty */
+	__u32 closed;	  /* reached TCP_CLOSE; the record stays for those who still read */
+	__u32 pad;
+	/* Statistics. */
+	__u64 enrolled_ns; /* CLOCK_MONOTONIC */
+	struct message_count redirected;
+	struct message_count passed;
+};
+
+/* Writers: sock_ops, and sk_msg under the socket's lock. Readers: the same.
+ * Removed by the kernel with the socket. */
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, struct endpoint);
+} endpoints SEC(".maps");
+
+#define MAX_PODS 16384
+
+/* Keyed by the cgroup id of the pod.
+ * Writer and deleter: user space (ADD, DEL, on, off). Readers: sock_ops, sk_msg. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, MAX_PODS);
+	__type(key, __u64);
+	__type(value, struct pod);
+} pods SEC(".maps");
+
+/* What a pod's connections have done. */
+struct pod_counters {
+	__u64 live; /* sockets with an endpoint record that have not closed */
+	__u64 enrolled;
+	/* Of connections that have closed. */
+	struct message_count redirected;
+	struct message_count passed;
+};
+
+/* Keyed by the cgroup id of the pod.
+ * Created and deleted by user space with the pod's link. Writer: sock_ops. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, MAX_PODS);
+	__type(key, __u64);
+	__type(value, struct pod_counters);
+} pods_count SEC(".maps");
+
+/* Where the funnel stands in the byte stream of one socket. */
+struct funnel_position {
+	__u32 next; /* first sequence number not yet moved */
+	__u32 pad;
+	__u64 pod; /* cgroup id; lets user space sweep entries of pods that are gone */
+};
+
+/* Keyed by socket cookie: socket storage is not to be had in sk_skb programs.
+ * Writers: sock_ops at enrolment, the funnel. Deleted by sock_ops when the
+ * socket closes; by user space for pods whose cgroup went first. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 2 * DEFAULT_MAX_CONNECTIONS);
+	__type(key, __u64);
+	__type(value, struct funnel_position);
+} funnel_next SEC(".maps");
+
+#endif

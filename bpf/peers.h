@@ -1,0 +1,133 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR Apache-2.0) */
+/* Reading the other end of a connection. The peer's lock is not held and its
+ * memory may be reused at any time (TCP sockets are SLAB_TYPESAFE_BY_RCU), so
+ * everything is probe-read and nothing read here can do harm when stale: it
+ * decides between redirecting and TCP, never where bytes go. */
+#ifndef SKIPSTACK_PEERS_H
+#define SKIPSTACK_PEERS_H
+
+#include "maps.h"
+#include "pods.h"
+
+/* What a queued message costs beyond its bytes: struct sk_msg, which the
+ * kernel charges to nobody. */
+#define SK_MSG_OVERHEAD 1024
+
+/* Every receiver may leave this much unread, however small its memory cgroup. */
+#define LEAST_LIMIT (256 * 1024)
+
+/* A receiver may hold this part of its memory cgroup. */
+#define MEMORY_SHARE 32
+
+#define MAX_CGROUP_DEPTH 16
+
+static __always_inline struct sock *peer_of(const struct endpoint *e)
+{
+	struct sock *peer = (struct sock *)(unsigned long)e->peer_sk;
+
+	if (!peer || BPF_CORE_READ(peer, __sk_common.skc_cookie.counter) != e->peer_cookie)
+		return 0;
+	return peer;
+}
+
+/* mirrors tells if a peer that a record named really is the other end of a
+ * connection on which `own` has not sent a byte. A record that is evicted while
+ * it is being read may become another connection's: the kernel recycles map
+ * elements at once. */
+static __always_inline bool mirrors(struct sock *peer, struct end_key own)
+{
+	return BPF_CORE_READ((struct tcp_sock *)peer, rcv_nxt) == own.snd;
+}
+
+/* smallest_maximum returns the least limit in pages from the counter to the root. */
+static __always_inline unsigned long smallest_maximum(struct page_counter *counter)
+{
+	unsigned long least = ~0UL;
+
+	for (int i = 0; i < MAX_CGROUP_DEPTH && counter; i++) {
+		unsigned long max = BPF_CORE_READ(counter, max);
+
+		if (max < least)
+			least = max;
+		counter = BPF_CORE_READ(counter, parent);
+	}
+	return least;
+}
+
+/* under_pressure tells what mem_cgroup_under_socket_pressure() would
+ * (include/linux/memcontrol.h): on cgroup v2 a time until which the memory
+ * cgroup or one above it is short, on v1 a flag of the TCP memory limit. */
+static __always_inline bool under_pressure(struct mem_cgroup *memcg, __u64 now)
+{
+	/* struct page_counter leads from a cgroup to its parent, and is at the
+	 * same place in each struct mem_cgroup. */
+	struct page_counter *counter = (void *)memcg + bpf_core_field_offset(struct mem_cgroup, memory);
+
+	for (int i = 0; i < MAX_CGROUP_DEPTH && counter; i++) {
+		memcg = (void *)counter - bpf_core_field_offset(struct mem_cgroup, memory);
+		if ((__s64)(BPF_CORE_READ(memcg, socket_pressure) - now) > 0)
+			return true;
+		if (bpf_core_field_exists(memcg->tcpmem_pressure) &&
+		    BPF_CORE_READ(memcg, tcpmem_pressure))
+			return true;
+		counter = BPF_CORE_READ(counter, parent);
+	}
+	return false;
+}
+
+/* refresh brings what changes slowly up to date: whether both pods still take
+ * part, the receiver's limit, and whether its memory is short. */
+static __always_inline void refresh(struct endpoint *e, struct sock *peer, const struct control *ctl,
+				    __u32 generation, __u64 now)
+{
+	struct mem_cgroup *memcg;
+	unsigned long pages = ~0UL;
+	__u32 limit;
+
+	if (e->generation != generation) {
+		struct pod *own = bpf_map_lookup_elem(&pods, &e->pod);
+		struct pod *other = bpf_map_lookup_elem(&pods, &e->peer_pod);
+
+		e->generation = generation;
+		e->gate = node_open(ctl) && own && other && pod_open(ctl, own) && pod_open(ctl, other);
+		e->pod_limit = other ? other->unread_limit : 0;
+	}
+
+	limit = e->pod_limit;
+	if (BPF_CORE_READ_BITFIELD_PROBED(peer, sk_userlocks) & SOCK_RCVBUF_LOCK) {
+		__u32 rcvbuf = BPF_CORE_READ(peer, sk_rcvbuf);
+
+		if (rcvbuf < limit)
+			limit = rcvbuf;
+	}
+	e->pressure = 0;
+	/* The memory cgroup of a server's socket is set by accept(2); until
+	 * then nobody would pay for more than a little. */
+	if (!BPF_CORE_READ(peer, sk_socket) && limit > LEAST_LIMIT)
+		limit = LEAST_LIMIT;
+	/* The low bits are flags in some kernels. */
+	memcg = (void *)((unsigned long)BPF_CORE_READ(peer, sk_memcg) & ~7UL);
+	if (memcg) {
+		pages = smallest_maximum(&memcg->memory);
+		if (bpf_core_field_exists(memcg->tcpmem) && BPF_CORE_READ(memcg, tcpmem_active)) {
+			unsigned long tcp = smallest_maximum(&memcg->tcpmem);
+
+			if (tcp < pages)
+				pages = tcp;
+		}
+		e->pressure = under_pressure(memcg, now);
+	}
+	if (pages < ((unsigned long)limit * MEMORY_SHARE) >> cfg_page_shift) {
+		__u32 share = (pages << cfg_page_shift) / MEMORY_SHARE;
+
+		if (share < LEAST_LIMIT)
+			share = LEAST_LIMIT;
+		if (share < limit)
+			limit = share;
+	}
+	e->limit = limit;
+	e->peer_psock = (unsigned long)BPF_CORE_READ(peer, sk_user_data) & ~7UL;
+	e->checked = now;
+}
+
+#endif

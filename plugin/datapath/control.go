@@ -1,0 +1,189 @@
+package datapath
+
+import (
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+
+	"github.com/skipstack/skipstack/bpf"
+)
+
+// SetPod writes a pod's settings; its live connections follow within one
+// message. More than [MaxExcludePorts] ranges are refused.
+func (s *Set) SetPod(cgroupID uint64, p PodSettings) error {
+	if len(p.ExcludePorts) > MaxExcludePorts {
+		return fmt.Errorf("exclude %d port ranges: at most %d are possible", len(p.ExcludePorts), MaxExcludePorts)
+	}
+	v := bpf.DatapathPod{
+		Enabled:        flag(p.Enabled),
+		SwitchedOff:    flag(p.SwitchedOff),
+		Accepted:       uint32(p.Accepted),
+		UnreadLimit:    p.UnreadLimit,
+		ExcludedRanges: uint32(len(p.ExcludePorts)),
+	}
+	for i, r := range p.ExcludePorts {
+		v.Excluded[i] = bpf.DatapathPortRange{First: r.First, Last: r.Last}
+	}
+	if err := s.maps[bpf.DatapathMapPods].Put(cgroupID, v); err != nil {
+		return fmt.Errorf("write the settings of cgroup %d: %w", cgroupID, err)
+	}
+	return nextGeneration(s.maps[bpf.DatapathMapSkipstackSwitch])
+}
+
+// Pod reads a pod's settings, and whether there are any.
+func (s *Set) Pod(cgroupID uint64) (PodSettings, bool, error) {
+	var v bpf.DatapathPod
+	err := s.maps[bpf.DatapathMapPods].Lookup(cgroupID, &v)
+	if errors.Is(err, ebpf.ErrKeyNotExist) {
+		return PodSettings{}, false, nil
+	}
+	if err != nil {
+		return PodSettings{}, false, fmt.Errorf("read the settings of cgroup %d: %w", cgroupID, err)
+	}
+	p := PodSettings{
+		Enabled:     v.Enabled != 0,
+		SwitchedOff: v.SwitchedOff != 0,
+		Accepted:    Risk(v.Accepted),
+		UnreadLimit: v.UnreadLimit,
+	}
+	for _, r := range v.Excluded[:min(int(v.ExcludedRanges), MaxExcludePorts)] {
+		p.ExcludePorts = append(p.ExcludePorts, PortRange{r.First, r.Last})
+	}
+	return p, true, nil
+}
+
+// Node reads the node's gate.
+func (s *Set) Node() (NodeSettings, error) {
+	ctl, err := s.control()
+	if err != nil {
+		return NodeSettings{}, err
+	}
+	var off uint32
+	if err := s.maps[bpf.DatapathMapSkipstackSwitch].Lookup(bpf.DatapathSwitchSlotSWITCH_OFF, &off); err != nil {
+		return NodeSettings{}, fmt.Errorf("read the switch: %w", err)
+	}
+	return NodeSettings{
+		Open:           ctl.Open != 0,
+		SwitchedOff:    off != 0,
+		Risks:          Risk(ctl.Risks),
+		Funnel:         ctl.Funnel != 0,
+		MPTCPListeners: ctl.MptcpListeners != 0,
+	}, nil
+}
+
+// SetNode opens or closes the node's gate, but for SwitchedOff. The funnel is
+// attached before the gate opens and never detached: enrolled sockets need it
+// for as long as they live.
+func (s *Set) SetNode(n NodeSettings) error {
+	ctl, err := s.control()
+	if err != nil {
+		return err
+	}
+	if n.Funnel && ctl.Funnel == 0 {
+		if err := s.attachFunnel(); err != nil {
+			return err
+		}
+	}
+	ctl.Open = flag(n.Open)
+	ctl.Risks = uint32(n.Risks)
+	ctl.Funnel |= flag(n.Funnel)
+	ctl.MptcpListeners = flag(n.MPTCPListeners)
+	if err := s.maps[bpf.DatapathMapSkipstackCtl].Put(uint32(0), ctl); err != nil {
+		return fmt.Errorf("write the node's settings: %w", err)
+	}
+	return nextGeneration(s.maps[bpf.DatapathMapSkipstackSwitch])
+}
+
+func (s *Set) attachFunnel() error {
+	err := link.RawAttachProgram(link.RawAttachProgramOptions{
+		Target:  s.maps[bpf.DatapathMapSocks].FD(),
+		Program: s.progs[bpf.DatapathProgFunnel],
+		Attach:  ebpf.AttachSkSKBVerdict,
+	})
+	if err != nil {
+		return fmt.Errorf("attach sk_skb to the sockhash: %w", err)
+	}
+	return nil
+}
+
+// nextGeneration makes every connection look at the settings again. A random
+// value needs no lock between processes that change it at once.
+func nextGeneration(m *ebpf.Map) error {
+	if err := m.Put(bpf.DatapathSwitchSlotSWITCH_GENERATION, rand.Uint32()); err != nil {
+		return fmt.Errorf("announce new settings: %w", err)
+	}
+	return nil
+}
+
+func flag(b bool) uint32 {
+	if b {
+		return 1
+	}
+	return 0
+}
+
+// switchName is what the kernel keeps of the map's name. Every layout has it,
+// with slots of the same meaning.
+const switchName = "skipstack_switc"
+
+// SwitchNode switches acceleration off or on for the node, and returns how many
+// sets of programs it reached. From then on every message of every connection
+// goes by TCP, which stays in order.
+//
+// Off reaches every set in the kernel, those too whose pins are gone (bpffs
+// unmounted) or are in another mount namespace: its maps are found by their id.
+// On reaches the sets published below bpffs.
+func SwitchNode(bpffs string, off bool) (int, error) {
+	var errs []error
+	sets := 0
+	set := func(m *ebpf.Map) {
+		errs = append(errs, m.Put(bpf.DatapathSwitchSlotSWITCH_OFF, flag(off)), nextGeneration(m), m.Close())
+		sets++
+	}
+	if off {
+		for id, err := ebpf.MapGetNextID(0); ; id, err = ebpf.MapGetNextID(id) {
+			if errors.Is(err, os.ErrNotExist) {
+				break
+			}
+			if err != nil {
+				errs = append(errs, fmt.Errorf("list BPF maps: %w", err))
+				break
+			}
+			if m := openSwitch(id); m != nil {
+				set(m)
+			}
+		}
+		return sets, errors.Join(errs...)
+	}
+	pins, err := filepath.Glob(filepath.Join(root(bpffs), "v*", "maps", bpf.DatapathMapSkipstackSwitch))
+	errs = append(errs, err)
+	for _, pin := range pins {
+		m, err := ebpf.LoadPinnedMap(pin, nil)
+		if err != nil {
+			errs = append(errs, fmt.Errorf("open %s: %w", pin, err))
+			continue
+		}
+		set(m)
+	}
+	return sets, errors.Join(errs...)
+}
+
+// openSwitch returns the map if it is a switch of ours, else nil: maps come and
+// go while they are listed.
+func openSwitch(id ebpf.MapID) *ebpf.Map {
+	m, err := ebpf.NewMapFromID(id)
+	if err != nil {
+		return nil
+	}
+	info, err := m.Info()
+	if err != nil || info.Name != switchName || m.Type() != ebpf.Array || m.KeySize() != 4 || m.ValueSize() != 4 || m.MaxEntries() < 3 {
+		m.Close()
+		return nil
+	}
+	return m
+}

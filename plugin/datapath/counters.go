@@ -1,0 +1,119 @@
+package datapath
+
+import (
+	"errors"
+	"fmt"
+
+	"github.com/cilium/ebpf"
+
+	"github.com/skipstack/skipstack/bpf"
+)
+
+// Count is a number of messages and their bytes.
+type Count struct {
+	Messages uint64 `json:"messages"`
+	Bytes    uint64 `json:"bytes"`
+}
+
+// Counters is what became of messages and connections since the datapath was
+// loaded, by the labels of package bpf.
+type Counters struct {
+	Messages    map[string]Count  `json:"messages"`
+	Connections map[string]uint64 `json:"connections"`
+	Events      map[string]uint64 `json:"events"`
+}
+
+// Counters sums the counters of all CPUs.
+func (s *Set) Counters() (Counters, error) {
+	var perCPU []bpf.DatapathCounters
+	if err := s.maps[bpf.DatapathMapSkipstackCount].Lookup(uint32(0), &perCPU); err != nil {
+		return Counters{}, fmt.Errorf("read counters: %w", err)
+	}
+	c := Counters{Messages: map[string]Count{}, Connections: map[string]uint64{}, Events: map[string]uint64{}}
+	for _, cpu := range perCPU {
+		for i, label := range bpf.MessageLabels {
+			n := c.Messages[label]
+			n.Messages += cpu.Message[i].Messages
+			n.Bytes += cpu.Message[i].Bytes
+			c.Messages[label] = n
+		}
+		for i, label := range bpf.ConnectionLabels {
+			c.Connections[label] += cpu.Connection[i]
+		}
+		for i, label := range bpf.EventLabels {
+			c.Events[label] += cpu.Event[i]
+		}
+	}
+	return c, nil
+}
+
+// Since returns what was counted after an earlier reading.
+func (c Counters) Since(earlier Counters) Counters {
+	d := Counters{Messages: map[string]Count{}, Connections: map[string]uint64{}, Events: map[string]uint64{}}
+	for k, n := range c.Messages {
+		e := earlier.Messages[k]
+		d.Messages[k] = Count{n.Messages - e.Messages, n.Bytes - e.Bytes}
+	}
+	for k, n := range c.Connections {
+		d.Connections[k] = n - earlier.Connections[k]
+	}
+	for k, n := range c.Events {
+		d.Events[k] = n - earlier.Events[k]
+	}
+	return d
+}
+
+// PodCounters is what one pod's connections have done.
+type PodCounters struct {
+	Live     uint64 // enrolled sockets that have not closed
+	Enrolled uint64 // sockets ever enrolled
+	// Messages sent on connections that have closed.
+	Redirected, Passed Count
+}
+
+// PodCounters reads the counters of every attached pod, by cgroup id.
+func (s *Set) PodCounters() (map[uint64]PodCounters, error) {
+	pods := map[uint64]PodCounters{}
+	var id uint64
+	var v bpf.DatapathPodCounters
+	it := s.maps[bpf.DatapathMapPodsCount].Iterate()
+	for it.Next(&id, &v) {
+		pods[id] = PodCounters{
+			Live:       v.Live,
+			Enrolled:   v.Enrolled,
+			Redirected: Count{v.Redirected.Messages, v.Redirected.Bytes},
+			Passed:     Count{v.Passed.Messages, v.Passed.Bytes},
+		}
+	}
+	if err := it.Err(); err != nil {
+		return nil, fmt.Errorf("read the pods' counters: %w", err)
+	}
+	return pods, nil
+}
+
+// Live is how many enrolled sockets the node has.
+func (s *Set) Live() (uint64, error) {
+	pods, err := s.PodCounters()
+	var n uint64
+	for _, p := range pods {
+		n += p.Live
+	}
+	return n, err
+}
+
+// Enrolled is how many sockets the sockhash holds.
+func (s *Set) Enrolled() (int, error) {
+	var key, next bpf.DatapathEndKey
+	n := 0
+	m := s.maps[bpf.DatapathMapSocks]
+	for err := m.NextKey(nil, &next); ; err = m.NextKey(&key, &next) {
+		if errors.Is(err, ebpf.ErrKeyNotExist) {
+			return n, nil
+		}
+		if err != nil {
+			return n, fmt.Errorf("list the sockhash: %w", err)
+		}
+		key = next
+		n++
+	}
+}

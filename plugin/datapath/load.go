@@ -1,0 +1,358 @@
+package datapath
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/bits"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/btf"
+	"github.com/cilium/ebpf/features"
+	"github.com/cilium/ebpf/link"
+	"golang.org/x/sys/unix"
+
+	"github.com/skipstack/skipstack/bpf"
+)
+
+// LoadOptions are fixed when the datapath is loaded.
+type LoadOptions struct {
+	MaxConnections uint32 // 0 means DefaultMaxConnections
+}
+
+// leastRecords keeps the LRU map of handshakes useful where few connections
+// are allowed: an LRU map sets elements aside for each CPU.
+const leastRecords = 1024
+
+// Load publishes the datapath below bpffs, or opens what is published already.
+// The node's gate is closed at first.
+//
+// Loading takes some 0.3 s; other processes wait for it on a flock of
+// <bpffs>/skipstack until ctx is done, then [ErrBusy] is returned. Returns an
+// error wrapping [ErrUnsupported] where the kernel cannot run the programs, and
+// [ErrNoBPFFS]. The caller closes the set.
+func Load(ctx context.Context, bpffs string, o LoadOptions) (*Set, error) {
+	if s, err := Open(bpffs); err == nil {
+		return s, nil
+	}
+	unlock, err := lock(ctx, bpffs)
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	s, err := Open(bpffs)
+	if err == nil {
+		return s, nil
+	}
+	damaged := errors.Is(err, ErrDamaged)
+	if !damaged && !errors.Is(err, ErrNotLoaded) {
+		return nil, err
+	}
+	if s, err = loadFresh(o, switchName); err != nil {
+		return nil, err
+	}
+	if damaged {
+		// Sockets keep their programs; the links stop with their pins.
+		if err := discard(layout(bpffs)); err != nil {
+			s.Close()
+			return nil, fmt.Errorf("remove the rest of a damaged datapath: %w", err)
+		}
+	}
+	if err := s.publish(bpffs); err != nil {
+		s.Close()
+		return nil, err
+	}
+	return s, retireOthers(bpffs)
+}
+
+// LoadPrivate loads a datapath that is not pinned: it is for the caller alone
+// and gone when closed, and [SwitchNode] does not find it. Errors as for [Load].
+func LoadPrivate(o LoadOptions) (*Set, error) {
+	return loadFresh(o, "skipstack_priv")
+}
+
+func loadFresh(o LoadOptions, switchName string) (*Set, error) {
+	if o.MaxConnections == 0 {
+		o.MaxConnections = DefaultMaxConnections
+	}
+	spec, err := bpf.LoadDatapath()
+	if err != nil {
+		return nil, fmt.Errorf("read the embedded programs: %w", err)
+	}
+	spec.Maps[bpf.DatapathMapSocks].MaxEntries = 2 * o.MaxConnections
+	spec.Maps[bpf.DatapathMapFunnelNext].MaxEntries = 2 * o.MaxConnections
+	spec.Maps[bpf.DatapathMapConnections].MaxEntries = max(o.MaxConnections/4, leastRecords)
+	spec.Maps[bpf.DatapathMapSkipstackSwitch].Name = switchName
+	s, err := load(spec, nil)
+	if err != nil {
+		return nil, err
+	}
+	ctl := bpf.DatapathControl{MaxConnections: o.MaxConnections, Build: bpf.Build()}
+	if err := s.maps[bpf.DatapathMapSkipstackCtl].Put(uint32(0), ctl); err != nil {
+		s.Close()
+		return nil, fmt.Errorf("write the node's settings: %w", err)
+	}
+	return s, nil
+}
+
+// load loads the programs, on the given maps where there are any.
+func load(spec *ebpf.CollectionSpec, maps map[string]*ebpf.Map) (*Set, error) {
+	shift := uint8(bits.TrailingZeros(uint(os.Getpagesize())))
+	if err := spec.Variables[bpf.DatapathVarCfgPageShift].Set(shift); err != nil {
+		return nil, fmt.Errorf("set the page size: %w", err)
+	}
+	coll, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: maps})
+	if err != nil {
+		return nil, explain(err)
+	}
+	defer coll.Close()
+	s := &Set{maps: map[string]*ebpf.Map{}, progs: map[string]*ebpf.Program{}}
+	for _, name := range mapNames {
+		s.maps[name] = coll.DetachMap(name)
+	}
+	for _, name := range progNames {
+		s.progs[name] = coll.DetachProgram(name)
+	}
+	err = link.RawAttachProgram(link.RawAttachProgramOptions{
+		Target:  s.maps[bpf.DatapathMapSocks].FD(),
+		Program: s.progs[bpf.DatapathProgRedirect],
+		Attach:  ebpf.AttachSkMsgVerdict,
+	})
+	if err != nil {
+		s.Close()
+		return nil, fmt.Errorf("attach sk_msg to the sockhash: %w", err)
+	}
+	return s, nil
+}
+
+// explain names what the kernel lacks.
+func explain(err error) error {
+	if errors.Is(err, unix.EPERM) {
+		return fmt.Errorf("load BPF programs: not permitted (needs root or CAP_BPF, CAP_NET_ADMIN, CAP_PERFMON, and no "+
+			"lockdown=confidentiality): %w", err)
+	}
+	if _, e := btf.LoadKernelSpec(); e != nil {
+		return fmt.Errorf("%w: no type information (CONFIG_DEBUG_INFO_BTF): %w", ErrUnsupported, e)
+	}
+	for _, need := range []struct {
+		have error
+		what string
+	}{
+		{features.HaveProgramType(ebpf.SockOps), "no sock_ops programs (CONFIG_CGROUP_BPF)"},
+		{features.HaveProgramType(ebpf.SkMsg), "no sk_msg programs (CONFIG_NET_SOCK_MSG, CONFIG_BPF_STREAM_PARSER)"},
+		{features.HaveMapType(ebpf.SockHash), "no sockhash maps (CONFIG_BPF_STREAM_PARSER)"},
+		{features.HaveMapType(ebpf.SkStorage), "no socket storage maps"},
+		{features.HaveV3ISA(), "no BPF instruction set v3"},
+		{haveCompareAndSwap(), "no BPF compare-and-swap instruction; Linux 5.12 brought it, 6.1 is the oldest supported"},
+	} {
+		if errors.Is(need.have, ebpf.ErrNotSupported) {
+			return fmt.Errorf("%w: %s", ErrUnsupported, need.what)
+		}
+	}
+	var refused *ebpf.VerifierError
+	if errors.As(err, &refused) {
+		return fmt.Errorf("%w: the verifier refused the programs: %w", ErrUnsupported, err)
+	}
+	return fmt.Errorf("load BPF programs: %w", err)
+}
+
+// lock takes the flock of <bpffs>/skipstack, which it makes.
+func lock(ctx context.Context, bpffs string) (unlock func(), err error) {
+	if err := checkBPFFS(bpffs); err != nil {
+		return nil, err
+	}
+	dir := root(bpffs)
+	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
+		return nil, fmt.Errorf("create %s: %w", dir, err)
+	}
+	f, err := flock(ctx, dir)
+	if err != nil {
+		return nil, err
+	}
+	// Under the lock, what is temporary belongs to nobody alive.
+	entries, _ := os.ReadDir(dir)
+	for _, e := range entries {
+		if strings.HasPrefix(e.Name(), "tmp-") {
+			discard(filepath.Join(dir, e.Name()))
+		}
+	}
+	return func() { f.Close() }, nil
+}
+
+// publish pins the set under a temporary name and renames it into place, so
+// that others see it whole or not at all. The lock is held.
+func (s *Set) publish(bpffs string) (err error) {
+	tmp := filepath.Join(root(bpffs), fmt.Sprintf("tmp-%d", os.Getpid()))
+	defer func() {
+		if err != nil {
+			discard(tmp)
+		}
+	}()
+	for _, d := range []string{"", "maps", "progs", "links", "parked"} {
+		if err := os.Mkdir(filepath.Join(tmp, d), 0o700); err != nil {
+			return fmt.Errorf("publish the datapath: %w", err)
+		}
+	}
+	for name, m := range s.maps {
+		if err := m.Pin(filepath.Join(tmp, "maps", name)); err != nil {
+			return fmt.Errorf("pin map %s: %w", name, err)
+		}
+	}
+	if err := s.pinPrograms(filepath.Join(tmp, "progs")); err != nil {
+		return err
+	}
+	if err := os.Rename(tmp, layout(bpffs)); err != nil {
+		return fmt.Errorf("publish the datapath: %w", err)
+	}
+	s.dir = layout(bpffs)
+	return nil
+}
+
+func (s *Set) pinPrograms(dir string) error {
+	for name, p := range s.progs {
+		if err := p.Pin(filepath.Join(dir, name)); err != nil {
+			return fmt.Errorf("pin program %s: %w", name, err)
+		}
+	}
+	return nil
+}
+
+// discard removes pins and directories, and nothing but what is below path.
+func discard(path string) error {
+	if err := os.RemoveAll(path); err != nil {
+		return fmt.Errorf("remove %s: %w", path, err)
+	}
+	return nil
+}
+
+// Upgrade publishes the programs of this build in place of another build's of
+// the same layout, older or newer, and returns whether there was anything to
+// do. Maps stay, so connections and settings do; sockets enrolled before keep
+// the programs they have. Errors as for [Load]. The caller closes the set.
+//
+// Killed on the way, it leaves a mixture of programs that work on the same maps;
+// the build recorded last is what a later call compares, so that it does all again.
+func Upgrade(ctx context.Context, bpffs string, o LoadOptions) (s *Set, changed bool, err error) {
+	old, err := Load(ctx, bpffs, o)
+	if err != nil {
+		return nil, false, err
+	}
+	ctl, err := old.control()
+	if err != nil {
+		old.Close()
+		return nil, false, err
+	}
+	if ctl.Build == bpf.Build() {
+		return old, false, nil
+	}
+	defer old.Close()
+	unlock, err := lock(ctx, bpffs)
+	if err != nil {
+		return nil, false, err
+	}
+	defer unlock()
+	s, err = old.replacePrograms(bpffs, ctl)
+	return s, err == nil, err
+}
+
+// replacePrograms loads this build's programs on the maps of the set and puts
+// them in place. The lock is held.
+func (s *Set) replacePrograms(bpffs string, ctl bpf.DatapathControl) (fresh *Set, err error) {
+	spec, err := bpf.LoadDatapath()
+	if err != nil {
+		return nil, fmt.Errorf("read the embedded programs: %w", err)
+	}
+	for name, m := range s.maps {
+		spec.Maps[name].MaxEntries = m.MaxEntries()
+	}
+	fresh, err = load(spec, s.maps)
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			fresh.Close()
+		}
+	}()
+	fresh.dir = s.dir
+	if ctl.Funnel != 0 {
+		if err := fresh.attachFunnel(); err != nil {
+			return nil, err
+		}
+	}
+	tmp := filepath.Join(root(bpffs), fmt.Sprintf("tmp-%d", os.Getpid()))
+	if err := os.Mkdir(tmp, 0o700); err != nil {
+		return nil, fmt.Errorf("pin the new programs: %w", err)
+	}
+	defer discard(tmp)
+	if err := fresh.pinPrograms(tmp); err != nil {
+		return nil, err
+	}
+	// simple_rename_exchange(), fs/libfs.c: bpffs has it since Linux 5.17.
+	progs := filepath.Join(s.dir, "progs")
+	if err := unix.Renameat2(unix.AT_FDCWD, tmp, unix.AT_FDCWD, progs, unix.RENAME_EXCHANGE); err != nil {
+		return nil, fmt.Errorf("exchange %s and %s: %w", tmp, progs, err)
+	}
+	var errs []error
+	for _, dir := range []string{"links", "parked"} {
+		ids, err := linkIDs(filepath.Join(s.dir, dir))
+		errs = append(errs, err)
+		for _, id := range ids {
+			errs = append(errs, updateLink(linkPath(s.dir, dir, id), fresh.progs[bpf.DatapathProgTrack]))
+		}
+	}
+	if err := errors.Join(errs...); err != nil {
+		return nil, fmt.Errorf("update the pods' links: %w", err)
+	}
+	ctl.Build = bpf.Build()
+	if err := fresh.maps[bpf.DatapathMapSkipstackCtl].Put(uint32(0), ctl); err != nil {
+		return nil, fmt.Errorf("record the build: %w", err)
+	}
+	return fresh, nil
+}
+
+func updateLink(path string, prog *ebpf.Program) error {
+	l, err := link.LoadPinnedLink(path, nil)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil // the pod went meanwhile
+	}
+	if err != nil {
+		return fmt.Errorf("open link %s: %w", path, err)
+	}
+	defer l.Close()
+	if err := l.Update(prog); err != nil && !errors.Is(err, unix.ENOLINK) { // ENOLINK: the cgroup is gone
+		return fmt.Errorf("update link %s: %w", path, err)
+	}
+	return nil
+}
+
+// retireOthers keeps sets of other layouts from enrolling new connections.
+// They go on serving the ones they have.
+func retireOthers(bpffs string) error {
+	dirs, err := filepath.Glob(filepath.Join(root(bpffs), "v*"))
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, dir := range dirs {
+		retired := uint32(1)
+		if dir == layout(bpffs) {
+			retired = 0
+		}
+		m, err := ebpf.LoadPinnedMap(filepath.Join(dir, "maps", bpf.DatapathMapSkipstackSwitch), nil)
+		if err != nil {
+			if !errors.Is(err, os.ErrNotExist) {
+				errs = append(errs, fmt.Errorf("open the switch of %s: %w", dir, err))
+			}
+			continue
+		}
+		if err := m.Put(bpf.DatapathSwitchSlotSWITCH_RETIRED, retired); err != nil {
+			errs = append(errs, fmt.Errorf("retire %s: %w", dir, err))
+		}
+		m.Close()
+	}
+	return errors.Join(errs...)
+}
