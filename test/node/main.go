@@ -135,7 +135,8 @@ func ProgramDir() string { return os.Getenv(programsEnv) }
 // WorkerCommand makes the command that runs a worker of [MainOptions].
 func WorkerCommand(name string, args ...string) *exec.Cmd {
 	cmd := exec.Command("/proc/self/exe", args...)
-	cmd.Env = append(os.Environ(), workerEnv+"="+name)
+	// A program built with -race sleeps a second at its end unless told otherwise.
+	cmd.Env = append(os.Environ(), workerEnv+"="+name, "GORACE=atexit_sleep_ms=0 "+os.Getenv("GORACE"))
 	cmd.Stderr = os.Stderr
 	return cmd
 }

@@ -272,8 +272,15 @@ func (n *Node) Leftovers() ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
+	// One directory for each layout of the maps that is in use.
+	links, err := filepath.Glob(filepath.Join(n.BPFFS, "skipstack/*/links/*"))
+	if err != nil {
+		return nil, fmt.Errorf("list pins: %w", err)
+	}
+	for _, path := range links {
+		left = append(left, "pin: "+path)
+	}
 	for _, dir := range []struct{ kind, path string }{
-		{"pin", filepath.Join(n.BPFFS, "skipstack/links")},
 		{"attachment", filepath.Join(n.RunDir, "attachments")},
 		{"pod cgroup", filepath.Join(n.CgroupRoot, "kubepods")},
 		{"result", filepath.Join(n.CacheDir, "results")},
