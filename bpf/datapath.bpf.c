@@ -20,6 +20,11 @@ static __always_inline struct pod_counters *counters_of(__u64 pod)
 	return bpf_map_lookup_elem(&pods_count, &pod);
 }
 
+static __always_inline struct endpoint *endpoint_of(struct bpf_sock *sk)
+{
+	return sk ? bpf_sk_storage_get(&endpoints, sk, 0, 0) : 0;
+}
+
 static __always_inline enum connection_state swap_state(struct connection *c,
 							enum connection_state from,
 							enum connection_state to)
@@ -64,23 +69,15 @@ static __always_inline struct endpoint *open_endpoint(struct bpf_sock_ops *ctx, 
 }
 
 /* insert puts the socket into the sockhash. Returns 0 or the reason why not. */
-static __always_inline enum connection_outcome
-insert(struct bpf_sock_ops *ctx, struct end_key *own, __u64 pod, const struct control *ctl)
+static __always_inline enum connection_outcome insert(struct bpf_sock_ops *ctx, struct endpoint *e,
+						      struct end_key *own)
 {
-	__u64 cookie = bpf_get_socket_cookie(ctx);
-	long err;
+	long err = bpf_sock_hash_update(ctx, &socks, own, BPF_NOEXIST);
 
-	if (ctl->funnel) {
-		struct funnel_position f = {.next = own->rcv, .pod = pod};
-
-		if (bpf_map_update_elem(&funnel_next, &cookie, &f, BPF_ANY))
-			return CONNECTION_MAP_FULL;
-	}
-	err = bpf_sock_hash_update(ctx, &socks, own, BPF_NOEXIST);
-	if (!err)
+	if (!err) {
+		e->enrolled = 1;
 		return 0;
-	if (ctl->funnel)
-		bpf_map_delete_elem(&funnel_next, &cookie);
+	}
 	if (err == -7 /* E2BIG */)
 		return CONNECTION_MAP_FULL;
 	if (err == -16 /* EBUSY */)
@@ -162,7 +159,6 @@ client_refusal(struct bpf_sock_ops *ctx, struct tcp_sock *tp, struct end_key own
 static __always_inline void client_established(struct bpf_sock_ops *ctx, const struct control *ctl)
 {
 	struct end_key own = {.snd = ctx->snd_nxt, .rcv = ctx->rcv_nxt};
-	struct pod_counters *pc;
 	struct connection *c;
 	struct tcp_sock *tp;
 	struct endpoint *e;
@@ -178,7 +174,7 @@ static __always_inline void client_established(struct bpf_sock_ops *ctx, const s
 	sk = ctx->sk;
 	if (!sk)
 		return;
-	e = bpf_sk_storage_get(&endpoints, sk, 0, 0);
+	e = endpoint_of(sk);
 	if (e && !e->closed)
 		return; /* attached to nested cgroups, the program runs twice */
 	tp = bpf_skc_to_tcp_sock(sk);
@@ -212,7 +208,7 @@ static __always_inline void client_established(struct bpf_sock_ops *ctx, const s
 		return;
 	}
 	e->is_client = 1;
-	why = insert(ctx, &own, pod, ctl);
+	why = insert(ctx, e, &own);
 	if (why) {
 		e->mode = ENDPOINT_PLAIN;
 		refuse(c);
@@ -224,9 +220,6 @@ static __always_inline void client_established(struct bpf_sock_ops *ctx, const s
 	c->client_pod = pod;
 	if (swap_state(c, CLAIMING, CLAIMED) != CLAIMING)
 		e->mode = ENDPOINT_PLAIN; /* contested meanwhile, and counted there */
-	pc = counters_of(pod);
-	if (pc)
-		__sync_fetch_and_add(&pc->enrolled, 1);
 }
 
 /* A server's socket in an attached cgroup is connected: the client's first
@@ -234,7 +227,6 @@ static __always_inline void client_established(struct bpf_sock_ops *ctx, const s
 static __always_inline void server_established(struct bpf_sock_ops *ctx, const struct control *ctl)
 {
 	struct end_key own = {.snd = ctx->snd_nxt, .rcv = ctx->rcv_nxt}, client = mirror(own);
-	struct pod_counters *pc;
 	struct connection *c;
 	struct tcp_sock *tp;
 	struct endpoint *e;
@@ -248,7 +240,7 @@ static __always_inline void server_established(struct bpf_sock_ops *ctx, const s
 	sk = ctx->sk;
 	if (!sk)
 		return;
-	e = bpf_sk_storage_get(&endpoints, sk, 0, 0);
+	e = endpoint_of(sk);
 	if (e && !e->closed)
 		return; /* attached to nested cgroups, the program runs twice */
 	if (swap_state(c, SYN_SEEN, PLAIN) == SYN_SEEN) {
@@ -283,7 +275,7 @@ static __always_inline void server_established(struct bpf_sock_ops *ctx, const s
 	}
 	tp = bpf_skc_to_tcp_sock(sk);
 	why = tp && !(bpf_core_field_exists(tp->is_mptcp) && tp->is_mptcp) ?
-		      insert(ctx, &own, c->server_pod, ctl) :
+		      insert(ctx, e, &own) :
 		      CONNECTION_MPTCP;
 	if (why) {
 		refuse(c);
@@ -301,9 +293,6 @@ static __always_inline void server_established(struct bpf_sock_ops *ctx, const s
 		return;
 	}
 	e->mode = ENDPOINT_REDIRECT;
-	pc = counters_of(c->server_pod);
-	if (pc)
-		__sync_fetch_and_add(&pc->enrolled, 1);
 	count_connection(CONNECTION_ENROLLED);
 }
 
@@ -322,46 +311,66 @@ static __always_inline void close_endpoint(struct bpf_sock_ops *ctx, struct endp
 	if (!pc)
 		return;
 	__sync_fetch_and_sub(&pc->live, 1);
+	__sync_fetch_and_add(&pc->enrolled, e->enrolled);
 	__sync_fetch_and_add(&pc->redirected.messages, e->redirected.messages);
 	__sync_fetch_and_add(&pc->redirected.bytes, e->redirected.bytes);
 	__sync_fetch_and_add(&pc->passed.messages, e->passed.messages);
 	__sync_fetch_and_add(&pc->passed.bytes, e->passed.bytes);
 }
 
+/* abandon keeps a writer from waiting for a reader that is gone. A reader that
+ * closes with redirected bytes unread sends FIN and leaves the window shut where
+ * plain TCP sends RST, because the kernel looks only at sk_receive_queue; this
+ * end would probe that window for minutes. Returns false while the peer may
+ * still read. */
+static __always_inline bool abandon(struct bpf_sock_ops *ctx, struct bpf_sock *sk,
+				    const struct endpoint *e)
+{
+	struct tcp_sock *tp = bpf_skc_to_tcp_sock(sk);
+	struct sock *peer = peer_of(e);
+	int soon = 1; /* ms */
+
+	if (peer && BPF_CORE_READ(peer, sk_shutdown) != SHUTDOWN_BOTH)
+		return false;
+	/* With an open window the next segment brings the RST. */
+	if (!tp || tp->snd_wnd >= tp->mss_cache)
+		return true;
+	bpf_setsockopt(ctx, SOL_TCP, TCP_USER_TIMEOUT, &soon, sizeof(soon));
+	count_event(EVENT_PEER_GONE_TIMEOUT, 1);
+	return true;
+}
+
 static __always_inline void state_changed(struct bpf_sock_ops *ctx)
 {
 	struct bpf_sock *sk = ctx->sk;
-	int soon = 1; /* ms */
-	struct endpoint *e;
-	struct sock *peer;
-	__u32 to;
+	struct endpoint *e = endpoint_of(sk);
 
-	if (!sk)
+	if (!e || !sk)
 		return;
-	e = bpf_sk_storage_get(&endpoints, sk, 0, 0);
-	if (!e)
-		return;
-	to = ctx->args[1];
-	switch (to) {
+	switch (ctx->args[1]) {
 	case BPF_TCP_CLOSE_WAIT:
 	case BPF_TCP_CLOSING:
 	case BPF_TCP_LAST_ACK:
-		/* A reader that closes with redirected bytes unread sends FIN
-		 * and a zero window where plain TCP sends RST, because the
-		 * kernel looks only at sk_receive_queue. Do not let this
-		 * writer probe a window that nobody will open. */
-		if (!e->peer_sk)
-			break;
-		peer = peer_of(e);
-		if (peer && BPF_CORE_READ(peer, sk_shutdown) != SHUTDOWN_BOTH)
-			break;
-		bpf_setsockopt(ctx, SOL_TCP, TCP_USER_TIMEOUT, &soon, sizeof(soon));
-		count_event(EVENT_PEER_GONE_TIMEOUT, 1);
+		/* A peer that is only half closed may yet go with bytes
+		 * unread: look again at each segment it sends, answers to
+		 * window probes among them. */
+		if (e->peer_sk && !abandon(ctx, sk, e))
+			bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags |
+							       BPF_SOCK_OPS_PARSE_ALL_HDR_OPT_CB_FLAG);
 		break;
 	case BPF_TCP_CLOSE:
 		close_endpoint(ctx, e);
 		break;
 	}
+}
+
+static __always_inline void segment_received(struct bpf_sock_ops *ctx)
+{
+	struct bpf_sock *sk = ctx->sk;
+	struct endpoint *e = endpoint_of(sk);
+
+	if (e && sk && e->peer_sk)
+		abandon(ctx, sk, e);
 }
 
 SEC("sockops")
@@ -372,6 +381,9 @@ int track(struct bpf_sock_ops *ctx)
 	switch (ctx->op) {
 	case BPF_SOCK_OPS_STATE_CB:
 		state_changed(ctx); /* whatever the gate: members stay members */
+		return 1;
+	case BPF_SOCK_OPS_PARSE_HDR_OPT_CB:
+		segment_received(ctx);
 		return 1;
 	case BPF_SOCK_OPS_RWND_INIT:
 	case BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB:
@@ -507,8 +519,8 @@ int redirect(struct sk_msg_md *msg)
 	struct endpoint *e;
 	struct end_key to;
 
-	e = sk ? bpf_sk_storage_get(&endpoints, sk, 0, 0) : 0;
-	if (!e) {
+	e = endpoint_of(sk);
+	if (!e || !sk) {
 		count_message(MESSAGE_NOT_ENROLLED, size);
 		return SK_PASS;
 	}
@@ -535,6 +547,25 @@ int redirect(struct sk_msg_md *msg)
 #define TRIM_STEP 4095 /* bpf_skb_adjust_room() refuses more, net/core/filter.c */
 #define TRIM_STEPS 40  /* 160 KiB: more than an skb holds without BIG TCP */
 
+/* position finds where the funnel stands in the socket's byte stream: at the
+ * start of it when this is the first segment that came by TCP. */
+static __always_inline struct funnel_position *position(struct __sk_buff *skb, __u64 *cookie)
+{
+	struct funnel_position *f = bpf_map_lookup_elem(&funnel_next, cookie), first = {};
+	struct bpf_sock *sk = skb->sk;
+	struct tcp_sock *tp;
+
+	if (f || !sk)
+		return f;
+	tp = bpf_skc_to_tcp_sock(sk);
+	if (!tp)
+		return 0;
+	first.next = tp->rcv_nxt - (__u32)tp->bytes_received;
+	pod_of(tp->inet_conn.icsk_inet.sk.sk_cgrp_data.cgroup, &first.pod);
+	bpf_map_update_elem(&funnel_next, cookie, &first, BPF_NOEXIST);
+	return bpf_map_lookup_elem(&funnel_next, cookie);
+}
+
 SEC("sk_skb/verdict")
 int funnel(struct __sk_buff *skb)
 {
@@ -543,11 +574,13 @@ int funnel(struct __sk_buff *skb)
 	__s32 overlap;
 	__u32 seq[2]; /* struct tcp_skb_cb: seq, end_seq */
 
+	if (!skb->len)
+		return SK_PASS; /* a FIN alone */
 	count_event(EVENT_FUNNELED, 1);
 	if (bpf_probe_read_kernel(seq, sizeof(seq),
 				  (void *)skb + bpf_core_field_offset(struct sk_buff, cb)))
 		return SK_PASS;
-	f = bpf_map_lookup_elem(&funnel_next, &cookie);
+	f = position(skb, &cookie);
 	if (!f)
 		return SK_PASS;
 	/* tcp_read_skb() hands over whole skbs; of a retransmission that is

@@ -105,7 +105,7 @@ type DatapathEndpoint struct {
 	Pressure   uint32
 	Queued     uint32
 	Closed     uint32
-	Pad        uint32
+	Enrolled   uint32
 	EnrolledNs uint64
 	Redirected struct {
 		_        structs.HostLayout

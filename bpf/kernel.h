@@ -113,6 +113,9 @@ struct tcp_sock {
 	__u32 snd_una;
 	__u32 snd_nxt;
 	__u32 write_seq;
+	__u32 snd_wnd;
+	__u32 mss_cache;
+	__u64 bytes_received;
 	bool is_mptcp;
 };
 

@@ -83,7 +83,7 @@ struct endpoint {
 	__u32 pressure;	  /* the receiver's memory cgroup is short of memory */
 	__u32 queued;	  /* messages redirected since the receiver was last seen empty */
 	__u32 closed;	  /* reached TCP_CLOSE; the record stays for those who still read */
-	__u32 pad;
+	__u32 enrolled;	  /* is, or was, in the sockhash */
 	/* Statistics. */
 	__u64 enrolled_ns; /* CLOCK_MONOTONIC */
 	struct message_count redirected;
@@ -114,8 +114,8 @@ struct {
 /* What a pod's connections have done. */
 struct pod_counters {
 	__u64 live; /* sockets with an endpoint record that have not closed */
-	__u64 enrolled;
 	/* Of connections that have closed. */
+	__u64 enrolled;
 	struct message_count redirected;
 	struct message_count passed;
 };
@@ -138,8 +138,9 @@ struct funnel_position {
 };
 
 /* Keyed by socket cookie: socket storage is not to be had in sk_skb programs.
- * Writers: sock_ops at enrolment, the funnel. Deleted by sock_ops when the
- * socket closes; by user space for pods whose cgroup went first. */
+ * Only of sockets that have received bytes by TCP.
+ * Writer: the funnel. Deleted by sock_ops when the socket closes; by user space
+ * for pods whose cgroup went first. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(map_flags, BPF_F_NO_PREALLOC);

@@ -86,8 +86,8 @@ func (s *Set) Attach(cgroup *os.File, cgroupID uint64) (created bool, err error)
 			return false, fmt.Errorf("remove a dead link: %w", err)
 		}
 	}
-	l, err := link.AttachRawLink(link.RawLinkOptions{
-		Target:  int(cgroup.Fd()),
+	l, err := link.AttachCgroup(link.CgroupOptions{
+		Path:    fmt.Sprintf("/proc/self/fd/%d", cgroup.Fd()), // the directory that was looked at
 		Program: s.progs[bpf.DatapathProgTrack],
 		Attach:  ebpf.AttachCGroupSockOps,
 	})

@@ -130,7 +130,7 @@ type Set struct {
 	dir   string // of the pins, "" for a private set
 	maps  map[string]*ebpf.Map
 	progs map[string]*ebpf.Program
-	links []*link.RawLink // of a private set
+	links []link.Link // of a private set
 }
 
 // Close releases the descriptors. A private set is gone with it, and so are
