@@ -101,3 +101,11 @@ func withVersion(object []byte, version string) []byte {
 func (in *input) runtimeConfig() (runtimeConfig, error) {
 	return parseRuntimeConfig(lookup(in.members, "runtimeConfig"))
 }
+
+// config returns skipstack's own part; with an error it is still usable.
+func (in *input) config() (conf Config, err error) {
+	if p := safely(func() error { conf, err = parseMembers(in.members); return nil }); p != nil {
+		return DefaultConfig(), p
+	}
+	return conf, err
+}

@@ -1,0 +1,423 @@
+package plugin
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"time"
+
+	"github.com/containernetworking/cni/pkg/skel"
+	"github.com/containernetworking/cni/pkg/types"
+
+	"github.com/skipstack/skipstack/plugin/attachment"
+	"github.com/skipstack/skipstack/plugin/datapath"
+	"github.com/skipstack/skipstack/plugin/podcgroup"
+)
+
+// Add serves ADD. It prints the previous plugin's result, and fails only where
+// there is none to print, or where the pod could not be accelerated and the
+// configuration wants failure.
+//
+// The steps are in such an order that a process killed after any of them leaves
+// something that DEL, GC or the next ADD repairs:
+//
+//  1. The datapath is loaded and published. Loading is atomic, belongs to no
+//     pod, and has a lock of its own, so that the lock below is never held for
+//     as long as it takes.
+//  2. Under the lock of the run directory, the node's gate is opened if the
+//     verdict is known. It belongs to no pod either.
+//  3. The record is written as "attaching". From here on DEL and GC find the
+//     attachment; they drop a link that may not exist yet, which is no error.
+//  4. The link is attached. The datapath has no settings for the pod yet and
+//     leaves its connections alone.
+//  5. The pod's settings are written, and its new connections are accelerated.
+//  6. The record is written as "attached". To whoever cleans up there is no
+//     difference to "attaching".
+//
+// A record is removed last (see [Plugin.Del]), so nothing is ever attached without
+// a record, unless somebody clears the run directory; then the link goes with its
+// cgroup, in a sweep.
+func (p *Plugin) Add(args *skel.CmdArgs) error {
+	in, err := decodeInput(args.StdinData)
+	if err != nil {
+		return err
+	}
+	result, err := in.result()
+	if err != nil {
+		return err
+	}
+
+	// The result is at hand: from here on only onError "fail" fails the pod.
+	a := &addition{p: p, args: args, in: in}
+	a.conf, a.confErr = in.config()
+	if err := within(p.budget, a.run); err != nil {
+		var r *reported
+		if !errors.As(err, &r) {
+			// run is stuck somewhere, or has panicked outside its own net.
+			p.fallback.Warn("pod is not accelerated", append(attrs(a.key()), "reason", reason(err))...)
+		}
+		if a.conf.OnError == OnErrorFail {
+			code := types.ErrTryAgainLater
+			if errors.Is(err, ErrConfig) {
+				code = types.ErrInvalidNetworkConfig
+			}
+			return coded(code, "the pod cannot be accelerated, and onError is \"fail\"", err)
+		}
+	}
+	if _, err := p.stdout.Write(result); err != nil {
+		return types.NewError(types.ErrIOFailure, "print the result", err.Error())
+	}
+	return nil
+}
+
+// addition is one ADD after its result is known.
+type addition struct {
+	p       *Plugin
+	args    *skel.CmdArgs
+	in      *input
+	conf    Config
+	confErr error
+}
+
+func (a *addition) key() attachment.Key {
+	return attachment.Key{Network: a.in.name, ContainerID: a.args.ContainerID, IfName: a.args.IfName}
+}
+
+// reported is an error that has been logged.
+type reported struct{ err error }
+
+func (e *reported) Error() string { return e.err.Error() }
+func (e *reported) Unwrap() error { return e.err }
+
+// left is the error of a pod that was left alone because somebody wanted so.
+type left struct{ reason string }
+
+func (e *left) Error() string { return e.reason }
+
+// run accelerates the pod, or returns why not after it has cleaned up, recorded
+// and logged that. Pods that somebody wants left alone are no failure.
+func (a *addition) run(ctx context.Context) error {
+	log, closer := a.p.Log(a.conf)
+	defer closer.Close()
+	pod := parsePodArgs(a.args.Args)
+	log = log.With(append(attrs(a.key()), "pod", pod.namespace+"/"+pod.name)...)
+	store := attachment.NewStore(a.conf.RunDir)
+	record := attachment.Record{
+		Key:          a.key(),
+		PodNamespace: pod.namespace,
+		PodName:      pod.name,
+		PodUID:       pod.uid,
+		NetNS:        a.args.Netns,
+		Created:      time.Now().UTC(),
+	}
+
+	j := &job{addition: a, log: log, store: store, record: record, podUID: pod.uid}
+	err := safely(func() error { return j.do(ctx) })
+	var l *left
+	switch {
+	case err == nil:
+		log.Debug("pod attached", "cgroup", j.record.CgroupPath)
+		return nil
+	case errors.As(err, &l):
+		log.Info("pod is not accelerated", "reason", l.reason)
+		return nil
+	}
+	fields := []any{"reason", reason(err)}
+	// do's context may have ended; there is a little time left.
+	end, cancel := context.WithTimeout(context.WithoutCancel(ctx), a.p.budget/16)
+	defer cancel()
+	if undoErr := safely(func() error { return j.giveUp(end, err) }); undoErr != nil {
+		fields = append(fields, "cleanup", undoErr.Error())
+	}
+	log.Warn("pod is not accelerated", fields...)
+	var pan *panicked
+	if errors.As(err, &pan) {
+		log.Debug("stack of the panic", "stack", string(pan.stack))
+	}
+	return &reported{err}
+}
+
+// job is the part of an ADD that changes things.
+type job struct {
+	*addition
+	log    *slog.Logger
+	store  *attachment.Store
+	record attachment.Record
+	podUID string
+}
+
+func (j *job) do(ctx context.Context) error {
+	p := j.p
+	if j.confErr != nil {
+		return j.confErr
+	}
+	rc, err := j.in.runtimeConfig()
+	if err != nil {
+		return err
+	}
+	settings, why := decide(j.conf, rc)
+	j.record.Settings = newWish(j.conf.BPFFS, settings).encode()
+	p.did("decided")
+
+	pod, err := j.findCgroup(ctx, rc)
+	if why != "" {
+		if err == nil {
+			pod.Dir.Close()
+			j.record.CgroupID, j.record.CgroupPath = pod.ID, pod.Path
+		}
+		return j.leave(ctx, why)
+	}
+	if err != nil {
+		return err
+	}
+	defer pod.Dir.Close()
+	j.record.CgroupID, j.record.CgroupPath = pod.ID, pod.Path
+	p.did("cgroup found")
+
+	set, verdict, err := j.open(ctx)
+	if err != nil {
+		return err
+	}
+	defer set.Close()
+	p.did("datapath open")
+
+	gateOpen, err := j.attach(ctx, set, pod, verdict)
+	if err != nil {
+		return err
+	}
+	if !gateOpen {
+		j.startProber(false)
+	}
+	p.did("done")
+	return nil
+}
+
+func (j *job) findCgroup(ctx context.Context, rc runtimeConfig) (*podcgroup.Pod, error) {
+	root, err := j.p.Cgroups.Root(j.conf.CgroupRoot)
+	if err != nil {
+		return nil, err
+	}
+	return j.p.Cgroups.Find(ctx, root, podcgroup.Request{Path: rc.cgroupPath, PodUID: j.podUID, NetNS: j.args.Netns})
+}
+
+// open opens the datapath, or loads it. The verdict is nil where it is not known
+// or not needed.
+func (j *job) open(ctx context.Context) (Set, *Verdict, error) {
+	p, conf := j.p, j.conf
+	set, err := p.Datapath.Open(conf.BPFFS)
+	loaded := err == nil
+	if err != nil && !errors.Is(err, datapath.ErrNotLoaded) && !errors.Is(err, datapath.ErrDamaged) {
+		return nil, nil, err
+	}
+	closeSet := func() {
+		if set != nil {
+			set.Close()
+		}
+	}
+	if loaded {
+		node, err := set.Node()
+		if err != nil {
+			closeSet()
+			return nil, nil, err
+		}
+		if node.Open {
+			j.compareSize(set)
+			return set, nil, nil
+		}
+	}
+
+	verdict, err := j.verdict()
+	if err != nil {
+		closeSet()
+		return nil, nil, err
+	}
+	if loaded {
+		j.compareSize(set)
+		return set, verdict, nil
+	}
+	if err := p.Datapath.EnsureBPFFS(ctx, conf.BPFFS); err != nil {
+		return nil, nil, err
+	}
+	set, err = p.Datapath.Load(ctx, conf.BPFFS, datapath.LoadOptions{MaxConnections: conf.MaxConnections})
+	if err != nil {
+		if verdict == nil {
+			// The kernel may lack something, or the machine be too busy to load
+			// in time. The prober has time, and the next ADDs need not try.
+			j.startProber(true)
+		}
+		return nil, nil, err
+	}
+	return set, verdict, nil
+}
+
+// verdict returns nil where there is none yet, and an error where it says that
+// the datapath must not be used.
+func (j *job) verdict() (*Verdict, error) {
+	v, err := j.p.Verdicts.Cached(j.conf.RunDir)
+	if errors.Is(err, ErrNoVerdict) {
+		return nil, nil
+	}
+	if err != nil {
+		j.log.Warn("the kernel is probed again: its verdict cannot be read", "error", err.Error())
+		return nil, nil
+	}
+	if !v.Supported {
+		return nil, fmt.Errorf("%w: %s", datapath.ErrUnsupported, v.Summary)
+	}
+	return &v, nil
+}
+
+func (j *job) compareSize(set Set) {
+	if n, err := set.MaxConnections(); err == nil && n != j.conf.MaxConnections {
+		j.log.Debug("maxConnections is fixed when the datapath is loaded: unload it to change it",
+			"configured", j.conf.MaxConnections, "loaded", n)
+	}
+}
+
+// startProber cannot fail an ADD: the next one tries again.
+func (j *job) startProber(load bool) {
+	if err := j.p.Prober.Start(j.conf, load); err != nil {
+		j.log.Warn("the kernel cannot be probed, so pods stay plain: run `skipstack load`", "error", err.Error())
+	}
+}
+
+// attach does steps 2 to 6 of [Plugin.Add] and returns whether the node's gate is
+// open.
+func (j *job) attach(ctx context.Context, set Set, pod *podcgroup.Pod, verdict *Verdict) (gateOpen bool, err error) {
+	p, conf := j.p, j.conf
+	lock, err := j.store.Lock(ctx)
+	if err != nil {
+		return false, err
+	}
+	defer lock.Unlock()
+	p.did("locked")
+
+	if gateOpen, err = openGate(set, verdict); err != nil {
+		return false, err
+	}
+	p.did("gate opened")
+
+	if err := j.clear(pod.ID); err != nil {
+		return false, err
+	}
+	dev, mountNS, err := p.Datapath.BPFFSIdentity(conf.BPFFS)
+	if err != nil {
+		return false, err
+	}
+	j.record.BPFFSDev, j.record.MountNS = dev, mountNS
+	j.record.Status = attachment.Attaching
+	if err := j.store.Put(j.record); err != nil {
+		return false, err
+	}
+	p.did("attaching recorded")
+	if _, err := set.Attach(pod.Dir, pod.ID); err != nil {
+		return false, err
+	}
+	p.did("link attached")
+	if err := p.settle(j.store, conf.BPFFS, pod.ID, nil); err != nil {
+		return false, err
+	}
+	p.did("settings written")
+	j.record.Status = attachment.Attached
+	if err := j.store.Put(j.record); err != nil {
+		return false, err
+	}
+	p.did("attached recorded")
+
+	// Links of pods whose DEL never came, or could not do its work in time.
+	if err := p.Datapath.Sweep(conf.BPFFS, sweepAtOnce); err != nil {
+		j.log.Warn("links of dead cgroups are left", "error", err.Error())
+	}
+	p.did("swept")
+	return gateOpen, nil
+}
+
+// openGate opens the node's gate if the verdict is known. The lock is held.
+func openGate(set Set, verdict *Verdict) (open bool, err error) {
+	node, err := set.Node()
+	if err != nil {
+		return false, err
+	}
+	if node.Open || verdict == nil {
+		return node.Open, nil
+	}
+	return verdict.Node.Open, set.SetNode(verdict.Node)
+}
+
+// clear undoes what an earlier ADD of the same attachment has left, if that was
+// on another cgroup or bpffs than this one's. The lock is held.
+func (j *job) clear(cgroupID uint64) error {
+	old, err := j.store.Get(j.key())
+	switch {
+	case errors.Is(err, attachment.ErrNotFound):
+		return nil
+	case errors.Is(err, attachment.ErrCorrupt):
+		return j.store.Delete(j.key())
+	case err != nil:
+		return err
+	}
+	if old.CgroupID != cgroupID || wishOf(old).BPFFS != j.conf.BPFFS {
+		if err := j.p.release(j.store, j.conf, old); err != nil {
+			return err
+		}
+	}
+	if old.Version > attachment.Version {
+		return j.store.Delete(j.key()) // Put would not replace it
+	}
+	return nil
+}
+
+// leave records a pod that somebody wants left alone. If another attachment
+// keeps the link of its cgroup, the pod is accelerated no longer.
+func (j *job) leave(ctx context.Context, why string) error {
+	err := func() error {
+		lock, err := j.store.Lock(ctx)
+		if err != nil {
+			return err
+		}
+		defer lock.Unlock()
+		if err := j.clear(j.record.CgroupID); err != nil {
+			return err
+		}
+		j.record.Status, j.record.Reason = attachment.Skipped, why
+		if err := j.store.Put(j.record); err != nil {
+			return err
+		}
+		j.p.did("skip recorded")
+		if j.record.CgroupID == 0 {
+			return nil
+		}
+		return j.p.settle(j.store, j.conf.BPFFS, j.record.CgroupID, nil)
+	}()
+	if err != nil {
+		why += "; not recorded: " + err.Error()
+	}
+	return &left{why}
+}
+
+// giveUp makes sure that a pod which could not be accelerated is plain, and
+// records why.
+func (j *job) giveUp(ctx context.Context, cause error) error {
+	record := j.record
+	record.Status, record.Reason = attachment.Skipped, reason(cause)
+	record.CgroupID, record.CgroupPath, record.BPFFSDev, record.MountNS, record.Settings = 0, "", 0, 0, nil
+	lock, err := j.store.Lock(ctx)
+	if errors.Is(err, attachment.ErrBusy) {
+		// Nothing was attached without the lock. A record needs it for what it
+		// says of a cgroup only, and this one says nothing.
+		if _, err := j.store.Get(j.key()); errors.Is(err, attachment.ErrNotFound) {
+			return j.store.Put(record)
+		}
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer lock.Unlock()
+	// If this fails, the record stays as it is, for DEL to try again.
+	if err := j.clear(0); err != nil {
+		return err
+	}
+	return j.store.Put(record)
+}

@@ -1,0 +1,326 @@
+package plugin
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/skipstack/skipstack/plugin/attachment"
+	"github.com/skipstack/skipstack/plugin/datapath"
+)
+
+// reasonUnloaded is the reason of attachments that [Node.Unload] has ended.
+const reasonUnloaded = "unloaded"
+
+const (
+	// lockWait is how long an operator's command waits for the lock.
+	lockWait = 10 * time.Second
+	// probeWait is how long one waits for a prober to finish.
+	probeWait = 30 * time.Second
+)
+
+// ErrNoPod is returned by [Node.SwitchPod] for a pod that has no attachment.
+var ErrNoPod = errors.New("no attachment of this pod is recorded on this node")
+
+// Node does what the operator of a node can do by hand.
+type Node struct {
+	Deps
+	lockWait, probeWait time.Duration
+}
+
+// NewNode returns a Node.
+func NewNode(d Deps) *Node { return &Node{Deps: d, lockWait: lockWait, probeWait: probeWait} }
+
+// Loaded is what [Node.Load] has found or done.
+type Loaded struct {
+	// Was is what was loaded before: "nothing", "this build", "another build".
+	Was            string
+	MaxConnections uint32
+	Verdict        Verdict
+	Node           datapath.NodeSettings
+}
+
+// Load loads the datapath or, where another build's is loaded, puts this build's
+// in its place; probes the kernel where this boot and build have no verdict; and
+// opens the node's gate accordingly. It waits for other processes until ctx ends.
+//
+// The error wraps [datapath.ErrUnsupported] where the kernel cannot run the
+// programs. A verdict that forbids acceleration is no error.
+func (n *Node) Load(ctx context.Context, conf Config) (Loaded, error) {
+	var out Loaded
+	probe, err := n.lockProbe(ctx, conf)
+	if err != nil {
+		return out, err
+	}
+	defer probe.Close()
+	if err := n.Datapath.EnsureBPFFS(ctx, conf.BPFFS); err != nil {
+		return out, err
+	}
+	out.Was = "this build"
+	if set, err := n.Datapath.Open(conf.BPFFS); err == nil {
+		set.Close()
+	} else if errors.Is(err, datapath.ErrNotLoaded) || errors.Is(err, datapath.ErrDamaged) {
+		out.Was = "nothing"
+	} else {
+		return out, err
+	}
+	set, changed, err := n.Datapath.Upgrade(ctx, conf.BPFFS, datapath.LoadOptions{MaxConnections: conf.MaxConnections})
+	if err != nil {
+		return out, err
+	}
+	defer set.Close()
+	if changed {
+		out.Was = "another build"
+	}
+	if out.MaxConnections, err = set.MaxConnections(); err != nil {
+		return out, err
+	}
+	if out.Verdict, err = n.verdict(ctx, conf); err != nil {
+		return out, err
+	}
+	if err := n.apply(ctx, conf, set, out.Verdict); err != nil {
+		return out, err
+	}
+	out.Node, err = set.Node()
+	return out, err
+}
+
+// Probe is the detached child of an ADD: it finds the verdict out, and opens the
+// node's gate if the datapath is loaded, or if it may load it. held is the probe
+// lock that the child has inherited, or nil; Probe closes it.
+func (n *Node) Probe(ctx context.Context, conf Config, load bool, held *os.File) error {
+	if held == nil {
+		var err error
+		if held, err = n.lockProbe(ctx, conf); err != nil {
+			return err
+		}
+	}
+	// To the end, so that an Unload that waits for the lock comes after all.
+	defer held.Close()
+	v, err := n.verdict(ctx, conf)
+	if err != nil {
+		return err
+	}
+	set, err := n.Datapath.Open(conf.BPFFS)
+	if load && v.Supported && (errors.Is(err, datapath.ErrNotLoaded) || errors.Is(err, datapath.ErrDamaged)) {
+		if err := n.Datapath.EnsureBPFFS(ctx, conf.BPFFS); err != nil {
+			return err
+		}
+		set, err = n.Datapath.Load(ctx, conf.BPFFS, datapath.LoadOptions{MaxConnections: conf.MaxConnections})
+	}
+	if errors.Is(err, datapath.ErrNotLoaded) {
+		return nil // unloaded meanwhile; the next ADD loads it and finds the verdict
+	}
+	if err != nil {
+		return err
+	}
+	defer set.Close()
+	return n.apply(ctx, conf, set, v)
+}
+
+// verdict returns the cached verdict or probes. The probe lock is held.
+func (n *Node) verdict(ctx context.Context, conf Config) (Verdict, error) {
+	v, err := n.Verdicts.Cached(conf.RunDir)
+	if err == nil {
+		return v, nil
+	}
+	return n.Verdicts.Probe(ctx, conf)
+}
+
+// lockProbe keeps out other probers, and whoever loads or unloads by hand.
+func (n *Node) lockProbe(ctx context.Context, conf Config) (*os.File, error) {
+	ctx, cancel := context.WithTimeout(ctx, n.probeWait)
+	defer cancel()
+	return lockProbe(ctx, conf.RunDir)
+}
+
+// apply sets the node's gate to what the verdict says.
+func (n *Node) apply(ctx context.Context, conf Config, set Set, v Verdict) error {
+	lock, err := n.lock(ctx, conf)
+	if err != nil {
+		return err
+	}
+	defer lock.Unlock()
+	gate := v.Node
+	gate.Open = gate.Open && v.Supported
+	return set.SetNode(gate)
+}
+
+func (n *Node) lock(ctx context.Context, conf Config) (*attachment.Lock, error) {
+	ctx, cancel := context.WithTimeout(ctx, n.lockWait)
+	defer cancel()
+	return attachment.NewStore(conf.RunDir).Lock(ctx)
+}
+
+// Unloaded is what [Node.Unload] has done.
+type Unloaded struct {
+	Detached int    // attachments that were accelerated until now
+	Sockets  uint64 // that live on by TCP and keep the programs until they close
+}
+
+// Unload takes the datapath away. While pods are attached it returns an error
+// wrapping [datapath.ErrInUse] unless forced, and then first records them as
+// skipped, so that CHECK does not complain of links that are meant to be gone.
+// No connection loses a byte: what is enrolled goes on by TCP.
+func (n *Node) Unload(ctx context.Context, conf Config, force bool) (Unloaded, error) {
+	var out Unloaded
+	// A prober that is under way would load the datapath again.
+	probe, err := n.lockProbe(ctx, conf)
+	if err != nil {
+		return out, err
+	}
+	defer probe.Close()
+	lock, err := n.lock(ctx, conf)
+	if err != nil {
+		return out, err
+	}
+	defer lock.Unlock()
+
+	store := attachment.NewStore(conf.RunDir)
+	if err := n.Datapath.Sweep(conf.BPFFS, 0); err != nil {
+		return out, err
+	}
+	records, listErr := store.List()
+	var ours []attachment.Record
+	var pods []string
+	for _, r := range records {
+		if bpffs := wishOf(r).BPFFS; !wants(r) || bpffs != "" && bpffs != conf.BPFFS {
+			continue
+		}
+		ours = append(ours, r)
+		// After the sweep a record without a link is that of a dead pod.
+		if has, err := n.Datapath.HasLink(conf.BPFFS, r.CgroupID); err != nil {
+			return out, err
+		} else if has {
+			pods = append(pods, podName(r))
+		}
+	}
+	if len(pods) > 0 && !force {
+		return out, fmt.Errorf("%d %w: %s", len(pods), datapath.ErrInUse, list(pods))
+	}
+	for _, r := range ours {
+		r.Status, r.Reason = attachment.Skipped, reasonUnloaded
+		if r.Version > attachment.Version {
+			continue // a newer version's; its CHECK has to cope
+		}
+		if err := store.Put(r); err != nil {
+			return out, err
+		}
+	}
+	out.Detached = len(pods)
+	left, err := n.Datapath.Unload(ctx, conf.BPFFS, force)
+	out.Sockets = left.Sockets
+	return out, errors.Join(err, listErr)
+}
+
+func podName(r attachment.Record) string {
+	if r.PodName == "" {
+		return r.ContainerID
+	}
+	return r.PodNamespace + "/" + r.PodName
+}
+
+func list(names []string) string {
+	const most = 5
+	if len(names) > most {
+		return strings.Join(names[:most], ", ") + ", ..."
+	}
+	return strings.Join(names, ", ")
+}
+
+// Switched is what [Node.Switch] or [Node.SwitchPod] has done.
+type Switched struct {
+	Sets    int    // sets of programs that were reached, for the node
+	Pods    int    // pods that were switched, for a pod
+	Sockets uint64 // enrolled sockets that stay so until they close
+}
+
+// Switch switches acceleration on or off for the node, at once and for live
+// connections too, which go on by TCP. It needs neither the lock nor the run
+// directory: it is the brake.
+func (n *Node) Switch(conf Config, off bool) (Switched, error) {
+	sets, err := n.Datapath.SwitchNode(conf.BPFFS, off)
+	if err != nil {
+		return Switched{Sets: sets}, err
+	}
+	if sets == 0 {
+		return Switched{}, fmt.Errorf("%w at %s: nothing to switch", datapath.ErrNotLoaded, conf.BPFFS)
+	}
+	sockets, err := n.sockets(conf, nil)
+	return Switched{Sets: sets, Sockets: sockets}, err
+}
+
+// SwitchPod does the same for one pod, which stays switched until it is deleted
+// or the datapath unloaded. The error wraps [ErrNoPod] for a pod that has no
+// attachment.
+func (n *Node) SwitchPod(ctx context.Context, conf Config, namespace, name string, off bool) (Switched, error) {
+	lock, err := n.lock(ctx, conf)
+	if err != nil {
+		return Switched{}, err
+	}
+	defer lock.Unlock()
+	records, listErr := attachment.NewStore(conf.RunDir).List()
+	cgroups := map[uint64]bool{}
+	why := ""
+	for _, r := range records {
+		if r.PodNamespace != namespace || r.PodName != name {
+			continue
+		}
+		if wants(r) {
+			cgroups[r.CgroupID] = true
+		} else {
+			why = fmt.Sprintf(": it was skipped (%s)", r.Reason)
+		}
+	}
+	if len(cgroups) == 0 {
+		return Switched{}, errors.Join(fmt.Errorf("%w: %s/%s%s", ErrNoPod, namespace, name, why), listErr)
+	}
+	set, err := n.Datapath.Open(conf.BPFFS)
+	if err != nil {
+		return Switched{}, err
+	}
+	defer set.Close()
+	var out Switched
+	for id := range cgroups {
+		settings, known, err := set.Pod(id)
+		if err != nil {
+			return out, err
+		}
+		if !known {
+			continue
+		}
+		settings.SwitchedOff = off
+		if err := set.SetPod(id, settings); err != nil {
+			return out, err
+		}
+		out.Pods++
+	}
+	if out.Pods == 0 {
+		return out, fmt.Errorf("%w: %s/%s is recorded, but %s has no settings of it", ErrNoPod, namespace, name, conf.BPFFS)
+	}
+	out.Sockets, err = n.sockets(conf, cgroups)
+	return out, err
+}
+
+// sockets counts enrolled sockets, of all pods or of those given.
+func (n *Node) sockets(conf Config, cgroups map[uint64]bool) (uint64, error) {
+	set, err := n.Datapath.Open(conf.BPFFS)
+	if errors.Is(err, datapath.ErrNotLoaded) {
+		return 0, nil
+	}
+	if err != nil {
+		return 0, err
+	}
+	defer set.Close()
+	pods, err := set.PodCounters()
+	var sum uint64
+	for id, c := range pods {
+		if cgroups == nil || cgroups[id] {
+			sum += c.Live
+		}
+	}
+	return sum, err
+}

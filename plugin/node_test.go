@@ -1,0 +1,277 @@
+package plugin
+
+import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"reflect"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/skipstack/skipstack/plugin/attachment"
+	"github.com/skipstack/skipstack/plugin/datapath"
+)
+
+func (b *bench) node() *Node {
+	n := NewNode(b.deps())
+	n.lockWait, n.probeWait = 200*time.Millisecond, 200*time.Millisecond
+	return n
+}
+
+func TestLoad(t *testing.T) {
+	risky := &Verdict{Supported: true, Node: datapath.NodeSettings{Open: true, Risks: datapath.RiskSplice, Funnel: true}}
+	for _, tc := range []struct {
+		name    string
+		prepare func(*bench)
+		was     string
+		probes  int
+		gate    datapath.NodeSettings
+	}{
+		{"fresh", func(b *bench) { b.verdicts.cached, b.verdicts.probed = nil, risky }, "nothing", 1, risky.Node},
+		{"verdict cached", func(b *bench) { b.verdicts.cached = risky }, "nothing", 0, risky.Node},
+		{"loaded", func(b *bench) { b.datapath.loaded, b.datapath.build = true, "this" }, "this build", 0, safe().Node},
+		{"upgrade", func(b *bench) { b.datapath.loaded, b.datapath.build = true, "older" }, "another build", 0, safe().Node},
+		{"switched off stays", func(b *bench) { b.datapath.loaded, b.datapath.node.SwitchedOff = true, true }, "another build", 0,
+			datapath.NodeSettings{Open: true, SwitchedOff: true}},
+		{"unsupported", func(b *bench) { b.verdicts.cached = &Verdict{Node: datapath.NodeSettings{Open: true}} }, "nothing", 0, datapath.NodeSettings{}},
+		{"unsupported by now", func(b *bench) {
+			b.datapath.loaded, b.datapath.node.Open = true, true
+			b.verdicts.cached = &Verdict{}
+		}, "another build", 0, datapath.NodeSettings{}},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			b := newBench(t)
+			tc.prepare(b)
+			got, err := b.node().Load(t.Context(), b.config())
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got.Was != tc.was || got.MaxConnections != DefaultMaxConnections || got.Node != tc.gate || b.verdicts.probes != tc.probes {
+				t.Errorf("got %+v after %d probes, want %+v", got, b.verdicts.probes, tc)
+			}
+		})
+	}
+	t.Run("fails", func(t *testing.T) {
+		for _, op := range []string{"EnsureBPFFS", "Open", "Load", "SetNode"} {
+			b := newBench(t)
+			b.datapath.fail[op] = errors.New("EIO")
+			if _, err := b.node().Load(t.Context(), b.config()); err == nil {
+				t.Errorf("%s: no error", op)
+			}
+		}
+	})
+}
+
+func TestProbe(t *testing.T) {
+	b := newBench(t)
+	b.verdicts.cached, b.verdicts.probed = nil, safe()
+	// An ADD came first; its pod waits for the gate.
+	b.mustAdd(request{})
+	if b.datapath.node.Open {
+		t.Fatal("the gate is open")
+	}
+	if err := b.node().Probe(t.Context(), b.config(), false, nil); err != nil {
+		t.Fatal(err)
+	}
+	if !b.datapath.node.Open || b.verdicts.probes != 1 {
+		t.Errorf("gate %+v after %d probes", b.datapath.node, b.verdicts.probes)
+	}
+	// A second prober finds the verdict.
+	if err := b.node().Probe(t.Context(), b.config(), false, nil); err != nil || b.verdicts.probes != 1 {
+		t.Errorf("error %v, %d probes", err, b.verdicts.probes)
+	}
+
+	// Unloaded meanwhile: it stays so, unless an ADD could not load it.
+	if _, err := b.node().Unload(t.Context(), b.config(), true); err != nil {
+		t.Fatal(err)
+	}
+	if err := b.node().Probe(t.Context(), b.config(), false, nil); err != nil || b.datapath.loaded {
+		t.Errorf("error %v, loaded %v", err, b.datapath.loaded)
+	}
+	if err := b.node().Probe(t.Context(), b.config(), true, nil); err != nil || !b.datapath.loaded || !b.datapath.node.Open {
+		t.Errorf("error %v, loaded %v, gate %+v", err, b.datapath.loaded, b.datapath.node)
+	}
+
+	b.verdicts.cached, b.verdicts.probed = nil, &Verdict{}
+	b.datapath.loaded = false
+	if err := b.node().Probe(t.Context(), b.config(), true, nil); err != nil || b.datapath.loaded {
+		t.Errorf("unsupported: error %v, loaded %v", err, b.datapath.loaded)
+	}
+}
+
+// One prober at a time, and none beside load and unload.
+func TestProbeLock(t *testing.T) {
+	b := newBench(t)
+	held, err := lockProbe(t.Context(), b.runDir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := b.node().Probe(t.Context(), b.config(), false, nil); !errors.Is(err, errProbing) {
+		t.Errorf("Probe: %v", err)
+	}
+	if _, err := b.node().Load(t.Context(), b.config()); !errors.Is(err, errProbing) {
+		t.Errorf("Load: %v", err)
+	}
+	if _, err := b.node().Unload(t.Context(), b.config(), true); !errors.Is(err, errProbing) {
+		t.Errorf("Unload: %v", err)
+	}
+	// The child has the lock and gives it back.
+	if err := b.node().Probe(t.Context(), b.config(), false, held); err != nil {
+		t.Error(err)
+	}
+	held, err = lockProbe(ended(), b.runDir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	held.Close()
+
+	if err := os.Remove(filepath.Join(b.runDir, probeLock)); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink("/etc/passwd", filepath.Join(b.runDir, probeLock)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := lockProbe(ended(), b.runDir); err == nil {
+		t.Error("followed a symbolic link")
+	}
+}
+
+func TestUnload(t *testing.T) {
+	t.Run("refuses", func(t *testing.T) {
+		b := newBench(t)
+		b.mustAdd(request{})
+		_, err := b.node().Unload(t.Context(), b.config(), false)
+		if !errors.Is(err, datapath.ErrInUse) || !strings.Contains(err.Error(), "ns/web") {
+			t.Errorf("error %v", err)
+		}
+		b.wantLinks(101)
+		b.wantRecord(request{}, attachment.Attached, "")
+	})
+	t.Run("forced", func(t *testing.T) {
+		b := newBench(t)
+		b.mustAdd(request{})
+		b.mustAdd(request{container: "off", conf: `"mode":"off"`, cgroup: "pod-b"})
+		got, err := b.node().Unload(t.Context(), b.config(), true)
+		if err != nil || !reflect.DeepEqual(got, Unloaded{Detached: 1, Sockets: 3}) {
+			t.Errorf("got %+v, error %v", got, err)
+		}
+		b.wantLinks()
+		b.wantRecord(request{}, attachment.Skipped, "unloaded")
+		b.wantRecord(request{container: "off"}, attachment.Skipped, "mode off")
+		b.mustDel(request{})
+		b.mustDel(request{container: "off"})
+		b.wantNothing()
+	})
+	t.Run("killed after recording", func(t *testing.T) {
+		b := newBench(t)
+		b.mustAdd(request{})
+		b.datapath.fail["Unload"] = errors.New("killed")
+		if _, err := b.node().Unload(t.Context(), b.config(), true); err == nil {
+			t.Fatal("no error")
+		}
+		b.wantLinks(101)
+		b.mustDel(request{})
+		b.wantNothing()
+	})
+	t.Run("only dead pods", func(t *testing.T) {
+		b := newBench(t)
+		b.mustAdd(request{})
+		b.datapath.links = map[uint64]bool{}
+		if _, err := b.node().Unload(t.Context(), b.config(), false); err != nil {
+			t.Error(err)
+		}
+	})
+	t.Run("links without records", func(t *testing.T) {
+		b := newBench(t)
+		b.mustAdd(request{})
+		if err := os.RemoveAll(b.runDir); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := b.node().Unload(t.Context(), b.config(), false); !errors.Is(err, datapath.ErrInUse) {
+			t.Errorf("error %v", err)
+		}
+	})
+	t.Run("nothing loaded", func(t *testing.T) {
+		b := newBench(t)
+		if _, err := b.node().Unload(t.Context(), b.config(), false); err != nil {
+			t.Error(err)
+		}
+	})
+	t.Run("another bpffs", func(t *testing.T) {
+		b := newBench(t)
+		r := request{conf: `"bpffs":"/mnt/other"`}
+		b.mustAdd(r)
+		b.datapath.links = map[uint64]bool{}
+		if _, err := b.node().Unload(t.Context(), b.config(), false); err != nil {
+			t.Error(err)
+		}
+		b.wantRecord(r, attachment.Attached, "")
+	})
+	t.Run("lock is stuck", func(t *testing.T) {
+		b := newBench(t)
+		lock, err := b.store().Lock(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer lock.Unlock()
+		if _, err := b.node().Unload(t.Context(), b.config(), true); !errors.Is(err, attachment.ErrBusy) {
+			t.Errorf("error %v", err)
+		}
+	})
+}
+
+func TestSwitchNode(t *testing.T) {
+	b := newBench(t)
+	if _, err := b.node().Switch(b.config(), true); !errors.Is(err, datapath.ErrNotLoaded) {
+		t.Errorf("nothing loaded: %v", err)
+	}
+	b.mustAdd(request{})
+	b.datapath.counters = map[uint64]datapath.PodCounters{101: {Live: 4}, 102: {Live: 2}}
+	// The brake works whoever holds the lock.
+	lock, err := b.store().Lock(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := b.node().Switch(b.config(), true)
+	if err != nil || got != (Switched{Sets: 1, Sockets: 6}) || !b.datapath.node.SwitchedOff {
+		t.Errorf("got %+v, error %v, node %+v", got, err, b.datapath.node)
+	}
+	lock.Unlock()
+	b.mustAdd(request{container: "c2"})
+	if !b.datapath.node.SwitchedOff {
+		t.Error("ADD switched the node on")
+	}
+	if _, err := b.node().Switch(b.config(), false); err != nil || b.datapath.node.SwitchedOff {
+		t.Errorf("error %v, node %+v", err, b.datapath.node)
+	}
+}
+
+func TestSwitchPod(t *testing.T) {
+	b := newBench(t)
+	b.mustAdd(request{})
+	b.mustAdd(request{container: "other", cgroup: "pod-b", cniArgs: "K8S_POD_NAMESPACE=ns;K8S_POD_NAME=db"})
+	b.mustAdd(request{container: "off", cgroup: "-", conf: `"mode":"off"`, cniArgs: "K8S_POD_NAMESPACE=ns;K8S_POD_NAME=off"})
+	b.datapath.counters = map[uint64]datapath.PodCounters{101: {Live: 4}, 102: {Live: 2}}
+	got, err := b.node().SwitchPod(t.Context(), b.config(), "ns", "web", true)
+	if err != nil || got != (Switched{Pods: 1, Sockets: 4}) {
+		t.Errorf("got %+v, error %v", got, err)
+	}
+	if s := b.pod(101); !s.SwitchedOff || !s.Enabled || b.pod(102).SwitchedOff {
+		t.Errorf("settings %+v and %+v", s, b.pod(102))
+	}
+	if _, err := b.node().SwitchPod(t.Context(), b.config(), "ns", "web", false); err != nil || b.pod(101).SwitchedOff {
+		t.Errorf("error %v, settings %+v", err, b.pod(101))
+	}
+	for name, why := range map[string]string{"none": "", "off": "mode off"} {
+		if _, err := b.node().SwitchPod(t.Context(), b.config(), "ns", name, true); !errors.Is(err, ErrNoPod) || !strings.Contains(err.Error(), why) {
+			t.Errorf("%s: error %v", name, err)
+		}
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := b.node().SwitchPod(ctx, b.config(), "ns", "web", true); !errors.Is(err, attachment.ErrBusy) {
+		t.Errorf("cancelled: %v", err)
+	}
+}

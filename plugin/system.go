@@ -1,0 +1,70 @@
+package plugin
+
+import (
+	"context"
+
+	"github.com/skipstack/skipstack/plugin/datapath"
+	"github.com/skipstack/skipstack/plugin/podcgroup"
+)
+
+// kernel is package datapath as a [Datapath].
+type kernel struct{}
+
+func asSet(s *datapath.Set, err error) (Set, error) {
+	if err != nil {
+		return nil, err // not a nil *datapath.Set in a non-nil interface
+	}
+	return s, nil
+}
+
+func (kernel) Open(bpffs string) (Set, error) { return asSet(datapath.Open(bpffs)) }
+
+func (kernel) Load(ctx context.Context, bpffs string, o datapath.LoadOptions) (Set, error) {
+	return asSet(datapath.Load(ctx, bpffs, o))
+}
+
+func (kernel) Upgrade(ctx context.Context, bpffs string, o datapath.LoadOptions) (Set, bool, error) {
+	s, changed, err := datapath.Upgrade(ctx, bpffs, o)
+	set, err := asSet(s, err)
+	return set, changed, err
+}
+
+func (kernel) EnsureBPFFS(ctx context.Context, path string) error {
+	return datapath.EnsureBPFFS(ctx, path)
+}
+
+func (kernel) BPFFSIdentity(path string) (dev, mountNS uint64, err error) {
+	return datapath.BPFFSIdentity(path)
+}
+
+func (kernel) HasLink(bpffs string, cgroupID uint64) (bool, error) {
+	return datapath.HasLink(bpffs, cgroupID)
+}
+
+func (kernel) DropPod(bpffs string, cgroupID uint64) error {
+	return datapath.DropPod(bpffs, cgroupID)
+}
+
+func (kernel) Sweep(bpffs string, limit int) error { return datapath.Sweep(bpffs, limit) }
+
+func (kernel) Unload(ctx context.Context, bpffs string, force bool) (datapath.Remaining, error) {
+	return datapath.Unload(ctx, bpffs, force)
+}
+
+func (kernel) SwitchNode(bpffs string, off bool) (int, error) {
+	return datapath.SwitchNode(bpffs, off)
+}
+
+// cgroupfs is package podcgroup as [Cgroups].
+type cgroupfs struct{}
+
+func (cgroupfs) Root(configured string) (string, error) {
+	if configured != "" {
+		return configured, nil
+	}
+	return podcgroup.FindRoot("/sys/fs/cgroup", "/proc")
+}
+
+func (cgroupfs) Find(ctx context.Context, root string, r podcgroup.Request) (*podcgroup.Pod, error) {
+	return podcgroup.Finder{Root: root, Proc: "/proc"}.Find(ctx, r)
+}
