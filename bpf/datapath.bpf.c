@@ -42,13 +42,8 @@ static __always_inline void refuse(struct connection *c)
 
 /* open_endpoint makes the socket's record and asks for its state changes. */
 static __always_inline struct endpoint *open_endpoint(struct bpf_sock_ops *ctx, struct end_key own,
-						      __u64 pod)
+						      __u64 pod, __u64 now)
 {
-	struct endpoint fresh = {
-		.own = own,
-		.pod = pod,
-		.generation = read_switch(SWITCH_GENERATION) - 1, /* stale */
-	};
 	struct bpf_sock *sk = ctx->sk;
 	struct pod_counters *pc;
 	struct endpoint *e;
@@ -58,8 +53,12 @@ static __always_inline struct endpoint *open_endpoint(struct bpf_sock_ops *ctx, 
 	e = bpf_sk_storage_get(&endpoints, sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
 	if (!e)
 		return 0;
-	fresh.enrolled_ns = bpf_ktime_get_ns();
-	*e = fresh;
+	if (e->closed) /* disconnected and connected again */
+		__builtin_memset(e, 0, sizeof(*e));
+	e->own = own;
+	e->pod = pod;
+	e->since_ns = now;
+	e->generation = read_switch(SWITCH_GENERATION) - 1; /* stale */
 	/* Other programs' flags stay. */
 	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
 	pc = counters_of(pod);
@@ -201,7 +200,7 @@ static __always_inline void client_established(struct bpf_sock_ops *ctx, const s
 		count_connection(CONNECTION_CONTESTED);
 		return;
 	}
-	e = open_endpoint(ctx, own, pod);
+	e = open_endpoint(ctx, own, pod, c->syn_ns);
 	if (!e) {
 		refuse(c);
 		count_connection(CONNECTION_FAILED);
@@ -257,7 +256,7 @@ static __always_inline void server_established(struct bpf_sock_ops *ctx, const s
 	}
 	/* From here on the client is in the sockhash, so this end is watched
 	 * (see state_changed) even when it is not enrolled itself. */
-	e = open_endpoint(ctx, own, c->server_pod);
+	e = open_endpoint(ctx, own, c->server_pod, c->syn_ns);
 	if (!e) {
 		refuse(c);
 		count_connection(CONNECTION_FAILED);
@@ -296,17 +295,23 @@ static __always_inline void server_established(struct bpf_sock_ops *ctx, const s
 	count_connection(CONNECTION_ENROLLED);
 }
 
-static __always_inline void close_endpoint(struct bpf_sock_ops *ctx, struct endpoint *e)
+static __always_inline void close_endpoint(struct bpf_sock_ops *ctx, struct bpf_sock *sk,
+					   struct endpoint *e)
 {
-	__u64 cookie = bpf_get_socket_cookie(ctx);
+	struct tcp_sock *tp = bpf_skc_to_tcp_sock(sk);
 	struct pod_counters *pc;
 
 	if (e->closed)
 		return;
 	e->closed = 1;
-	if (e->is_client)
+	if (e->is_client && e->mode != ENDPOINT_REDIRECT) /* else decide() has */
 		bpf_map_delete_elem(&connections, &e->own);
-	bpf_map_delete_elem(&funnel_next, &cookie);
+	/* Only a FIN is a single byte of sequence space. */
+	if (!tp || tp->bytes_received > 1) {
+		__u64 cookie = bpf_get_socket_cookie(ctx);
+
+		bpf_map_delete_elem(&funnel_next, &cookie);
+	}
 	pc = counters_of(e->pod);
 	if (!pc)
 		return;
@@ -359,7 +364,7 @@ static __always_inline void state_changed(struct bpf_sock_ops *ctx)
 							       BPF_SOCK_OPS_PARSE_ALL_HDR_OPT_CB_FLAG);
 		break;
 	case BPF_TCP_CLOSE:
-		close_endpoint(ctx, e);
+		close_endpoint(ctx, sk, e);
 		break;
 	}
 }

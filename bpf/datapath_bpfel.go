@@ -106,7 +106,7 @@ type DatapathEndpoint struct {
 	Queued     uint32
 	Closed     uint32
 	Enrolled   uint32
-	EnrolledNs uint64
+	SinceNs    uint64
 	Redirected struct {
 		_        structs.HostLayout
 		Messages uint64

@@ -85,7 +85,7 @@ struct endpoint {
 	__u32 closed;	  /* reached TCP_CLOSE; the record stays for those who still read */
 	__u32 enrolled;	  /* is, or was, in the sockhash */
 	/* Statistics. */
-	__u64 enrolled_ns; /* CLOCK_MONOTONIC */
+	__u64 since_ns; /* CLOCK_MONOTONIC, of the SYN */
 	struct message_count redirected;
 	struct message_count passed;
 };

@@ -39,40 +39,53 @@ static __always_inline bool mirrors(struct sock *peer, struct end_key own)
 	return BPF_CORE_READ((struct tcp_sock *)peer, rcv_nxt) == own.snd;
 }
 
-/* smallest_maximum returns the least limit in pages from the counter to the root. */
-static __always_inline unsigned long smallest_maximum(struct page_counter *counter)
-{
-	unsigned long least = ~0UL;
+/* What a memory cgroup and those above it leave to a socket. */
+struct memory {
+	unsigned long pages; /* the least maximum */
+	bool pressure;
+};
 
+/* walk goes from a page counter to the root. struct page_counter leads from a
+ * memory cgroup to its parent and is at the same place in each, so with it the
+ * walk can look at the cgroups themselves: socket_pressure tells, as a time,
+ * until when one is short (mem_cgroup_under_socket_pressure(),
+ * include/linux/memcontrol.h). */
+static __always_inline struct memory walk(struct page_counter *counter, __u64 now)
+{
+	struct memory m = {.pages = ~0UL};
+
+	for (int i = 0; i < MAX_CGROUP_DEPTH && counter; i++) {
+		struct mem_cgroup *memcg =
+			(void *)counter - bpf_core_field_offset(struct mem_cgroup, memory);
+		unsigned long max = BPF_CORE_READ(counter, max);
+
+		if (max < m.pages)
+			m.pages = max;
+		if ((__s64)(BPF_CORE_READ(memcg, socket_pressure) - now) > 0)
+			m.pressure = true;
+		counter = BPF_CORE_READ(counter, parent);
+	}
+	return m;
+}
+
+/* walk_v1 looks at the TCP memory limits that only cgroup v1 has. */
+static __always_inline void walk_v1(struct mem_cgroup *memcg, struct memory *m)
+{
+	struct page_counter *counter;
+
+	if (!bpf_core_field_exists(memcg->tcpmem) || !BPF_CORE_READ(memcg, tcpmem_active))
+		return;
+	counter = &memcg->tcpmem;
 	for (int i = 0; i < MAX_CGROUP_DEPTH && counter; i++) {
 		unsigned long max = BPF_CORE_READ(counter, max);
 
-		if (max < least)
-			least = max;
+		memcg = (void *)counter - bpf_core_field_offset(struct mem_cgroup, tcpmem);
+		if (max < m->pages)
+			m->pages = max;
+		if (BPF_CORE_READ(memcg, tcpmem_pressure))
+			m->pressure = true;
 		counter = BPF_CORE_READ(counter, parent);
 	}
-	return least;
-}
-
-/* under_pressure tells what mem_cgroup_under_socket_pressure() would
- * (include/linux/memcontrol.h): on cgroup v2 a time until which the memory
- * cgroup or one above it is short, on v1 a flag of the TCP memory limit. */
-static __always_inline bool under_pressure(struct mem_cgroup *memcg, __u64 now)
-{
-	/* struct page_counter leads from a cgroup to its parent, and is at the
-	 * same place in each struct mem_cgroup. */
-	struct page_counter *counter = (void *)memcg + bpf_core_field_offset(struct mem_cgroup, memory);
-
-	for (int i = 0; i < MAX_CGROUP_DEPTH && counter; i++) {
-		memcg = (void *)counter - bpf_core_field_offset(struct mem_cgroup, memory);
-		if ((__s64)(BPF_CORE_READ(memcg, socket_pressure) - now) > 0)
-			return true;
-		if (bpf_core_field_exists(memcg->tcpmem_pressure) &&
-		    BPF_CORE_READ(memcg, tcpmem_pressure))
-			return true;
-		counter = BPF_CORE_READ(counter, parent);
-	}
-	return false;
 }
 
 /* refresh brings what changes slowly up to date: whether both pods still take
@@ -81,7 +94,7 @@ static __always_inline void refresh(struct endpoint *e, struct sock *peer, const
 				    __u32 generation, __u64 now)
 {
 	struct mem_cgroup *memcg;
-	unsigned long pages = ~0UL;
+	struct memory m = {.pages = ~0UL};
 	__u32 limit;
 
 	if (e->generation != generation) {
@@ -108,17 +121,12 @@ static __always_inline void refresh(struct endpoint *e, struct sock *peer, const
 	/* The low bits are flags in some kernels. */
 	memcg = (void *)((unsigned long)BPF_CORE_READ(peer, sk_memcg) & ~7UL);
 	if (memcg) {
-		pages = smallest_maximum(&memcg->memory);
-		if (bpf_core_field_exists(memcg->tcpmem) && BPF_CORE_READ(memcg, tcpmem_active)) {
-			unsigned long tcp = smallest_maximum(&memcg->tcpmem);
-
-			if (tcp < pages)
-				pages = tcp;
-		}
-		e->pressure = under_pressure(memcg, now);
+		m = walk(&memcg->memory, now);
+		walk_v1(memcg, &m);
+		e->pressure = m.pressure;
 	}
-	if (pages < ((unsigned long)limit * MEMORY_SHARE) >> cfg_page_shift) {
-		__u32 share = (pages << cfg_page_shift) / MEMORY_SHARE;
+	if (m.pages < ((unsigned long)limit * MEMORY_SHARE) >> cfg_page_shift) {
+		__u32 share = (m.pages << cfg_page_shift) / MEMORY_SHARE;
 
 		if (share < LEAST_LIMIT)
 			share = LEAST_LIMIT;
