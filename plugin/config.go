@@ -179,8 +179,9 @@ func foreign(key string) bool {
 	return strings.HasPrefix(key, "_") || strings.HasPrefix(key, "cni.dev/")
 }
 
-// ownKeys are skipstack's keys, in the order of the reference in conf/.
-func ownKeys() []string {
+// Keys returns the names of skipstack's own keys, in the order of the reference in
+// conf/.
+func Keys() []string {
 	return []string{
 		"mode", "onError", "acceptRisks", "excludePorts", "unreadLimit", "maxConnections",
 		"spliceGuard", "logFile", "logLevel", "bpffs", "runDir", "cgroupRoot",
@@ -239,7 +240,7 @@ func (c *Config) set(key string, value json.RawMessage) error {
 	case "cgroupRoot":
 		err = setPath(&c.CgroupRoot, value)
 	default:
-		for _, known := range ownKeys() {
+		for _, known := range Keys() {
 			if strings.EqualFold(known, key) {
 				return fmt.Errorf("unknown key %s: write %q", quote(key), known)
 			}

@@ -38,7 +38,7 @@ func TestParseConfigEveryKey(t *testing.T) {
 	if err := json.Unmarshal([]byte(raw), &keys); err != nil {
 		t.Fatal(err)
 	}
-	for _, key := range ownKeys() {
+	for _, key := range Keys() {
 		if _, ok := keys[key]; !ok {
 			t.Errorf("key %s is not tested", key)
 		}

@@ -88,8 +88,9 @@ type Verdict struct {
 	Supported bool
 	// Node is the gate that the verdict asks for.
 	Node datapath.NodeSettings
-	// Summary is for people.
-	Summary string
+	// Summary is one line for people, Document the whole for JSON.
+	Summary  string
+	Document any
 }
 
 // Verdicts finds the kernel's verdict.

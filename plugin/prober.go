@@ -2,6 +2,7 @@ package plugin
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"math"
@@ -76,8 +77,9 @@ type detached struct {
 	env []string
 }
 
-// ProbeLockFD is the descriptor on which the command "probe" inherits its lock.
-const ProbeLockFD = 3
+// probeLockFD is the descriptor on which the command "probe" inherits its lock,
+// the first of exec.Cmd.ExtraFiles.
+const probeLockFD = 3
 
 // Start takes the probe lock and hands it to the child with the open file, so
 // there is one child at most, and the lock ends with it however it ends.
@@ -91,7 +93,11 @@ func (d detached) Start(conf Config, load bool) error {
 	}
 	defer lock.Close()
 
-	cmd := exec.Command(d.exe, probeArgs(conf, load)...)
+	args, err := probeArgs(conf, load)
+	if err != nil {
+		return err
+	}
+	cmd := exec.Command(d.exe, args...)
 	// The runtime waits for the end of the plugin's output, and a child that
 	// had it would keep it open: with no files given these are /dev/null.
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = nil, nil, nil
@@ -109,26 +115,24 @@ func (d detached) Start(conf Config, load bool) error {
 	return cmd.Process.Release()
 }
 
-func probeArgs(conf Config, load bool) []string {
-	args := []string{
-		"probe",
-		"--lock-fd=" + strconv.Itoa(ProbeLockFD),
-		"--bpffs=" + conf.BPFFS,
-		"--run-dir=" + conf.RunDir,
-		"--max-connections=" + strconv.FormatUint(uint64(conf.MaxConnections), 10),
-		"--splice-guard=" + string(conf.SpliceGuard),
-		"--log-level=" + conf.LogLevel,
+func probeArgs(conf Config, load bool) ([]string, error) {
+	entry, err := json.Marshal(struct {
+		MaxConnections uint32      `json:"maxConnections"`
+		SpliceGuard    SpliceGuard `json:"spliceGuard"`
+		LogFile        string      `json:"logFile,omitempty"`
+		LogLevel       string      `json:"logLevel"`
+		BPFFS          string      `json:"bpffs"`
+		RunDir         string      `json:"runDir"`
+		CgroupRoot     string      `json:"cgroupRoot,omitempty"`
+	}{conf.MaxConnections, conf.SpliceGuard, conf.LogFile, conf.LogLevel, conf.BPFFS, conf.RunDir, conf.CgroupRoot})
+	if err != nil {
+		return nil, err
 	}
-	if conf.CgroupRoot != "" {
-		args = append(args, "--cgroup-root="+conf.CgroupRoot)
-	}
-	if conf.LogFile != "" {
-		args = append(args, "--log-file="+conf.LogFile)
-	}
+	args := []string{"probe", "--lock-fd=" + strconv.Itoa(probeLockFD), "--entry=" + string(entry)}
 	if load {
 		args = append(args, "--load")
 	}
-	return args
+	return args, nil
 }
 
 // withoutCNI drops the variables that would make a plugin of the child.

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
@@ -74,10 +75,13 @@ read line <%[2]s
 		}
 		return found
 	}
-	wantArgs := "probe --lock-fd=3 --bpffs=/sys/fs/bpf --run-dir=" + conf.RunDir +
-		" --max-connections=99 --splice-guard=off --log-level=info --cgroup-root=/cg --log-file=/log --load"
-	if got := find("args"); !slices.Equal(got, []string{wantArgs}) {
-		t.Errorf("arguments %v, want %s", got, wantArgs)
+	args := find("args")
+	if len(args) != 1 || !strings.HasPrefix(args[0], "probe --lock-fd=3 --entry={") || !strings.HasSuffix(args[0], "} --load") {
+		t.Fatalf("arguments %q", args)
+	}
+	entry := strings.TrimSuffix(strings.TrimPrefix(args[0], "probe --lock-fd=3 --entry="), " --load")
+	if got, err := ParseConfig([]byte(entry)); err != nil || !reflect.DeepEqual(got, conf) {
+		t.Errorf("the child gets %+v, error %v, want %+v", got, err, conf)
 	}
 	if got := find("cwd"); !slices.Equal(got, []string{"/"}) {
 		t.Errorf("working directory %v", got)
