@@ -64,11 +64,18 @@ func linked(path string, id uint64) (bool, error) {
 // that was done before; created tells. The pod takes no part before [Set.SetPod].
 // cgroupID is the inode number of the open directory.
 func (s *Set) Attach(cgroup *os.File, cgroupID uint64) (created bool, err error) {
+	if created, err = s.attach(cgroup, cgroupID); err != nil {
+		return false, err
+	}
 	none := bpf.DatapathPodCounters{}
 	err = s.maps[bpf.DatapathMapPodsCount].Update(cgroupID, none, ebpf.UpdateNoExist)
 	if err != nil && !errors.Is(err, ebpf.ErrKeyExist) {
 		return false, fmt.Errorf("make counters for cgroup %d: %w", cgroupID, err)
 	}
+	return created, nil
+}
+
+func (s *Set) attach(cgroup *os.File, cgroupID uint64) (created bool, err error) {
 	if s.dir != "" {
 		pin := linkPath(s.dir, "links", cgroupID)
 		// A pod that was dropped while its sockets lived is back.
