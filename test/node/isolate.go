@@ -42,6 +42,7 @@ type Command struct {
 	Env            []string // nil: none
 	Stdin          io.Reader
 	Stdout, Stderr io.Writer
+	ExtraFiles     []*os.File // the program's descriptors from 3 on
 }
 
 // Isolated says whether [Isolate] started this process.
@@ -87,7 +88,7 @@ func Isolate(ctx context.Context, c Command) (exit int, err error) {
 	cmd := exec.Command("/proc/self/exe", c.Args...)
 	cmd.Args[0] = os.Args[0]
 	cmd.Env = append(c.Env[:len(c.Env):len(c.Env)], isolatedEnv+"="+filepath.Base(dir))
-	cmd.Stdin, cmd.Stdout, cmd.Stderr = c.Stdin, c.Stdout, c.Stderr
+	cmd.Stdin, cmd.Stdout, cmd.Stderr, cmd.ExtraFiles = c.Stdin, c.Stdout, c.Stderr, c.ExtraFiles
 	cmd.SysProcAttr = &syscall.SysProcAttr{
 		// Unshared after the child entered its cgroup, so that this cgroup
 		// becomes the root of the cgroup namespace.

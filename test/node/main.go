@@ -94,27 +94,30 @@ func buildPrograms(ctx context.Context, o MainOptions) (dir string, remove func(
 		os.RemoveAll(dir)
 		lock.Close()
 	}
-	defer func() {
-		if err != nil {
-			remove()
-		}
-	}()
+	if err := buildInto(ctx, dir, o); err != nil {
+		remove()
+		return "", nil, err
+	}
+	return dir, remove, nil
+}
+
+func buildInto(ctx context.Context, dir string, o MainOptions) error {
 	if len(o.Build) > 0 {
 		if _, err := goCommand(ctx, append([]string{"build", "-buildvcs=false", "-o", dir + "/"}, o.Build...)...); err != nil {
-			return "", nil, err
+			return err
 		}
 	}
 	for _, tool := range o.Tools {
 		// The go command keeps the programs of tools in its cache.
 		path, err := goCommand(ctx, "tool", "-n", tool)
 		if err != nil {
-			return "", nil, err
+			return err
 		}
 		if err := os.Symlink(path, filepath.Join(dir, tool)); err != nil {
-			return "", nil, fmt.Errorf("link tool %s: %w", tool, err)
+			return fmt.Errorf("link tool %s: %w", tool, err)
 		}
 	}
-	return dir, remove, nil
+	return nil
 }
 
 func goCommand(ctx context.Context, args ...string) (string, error) {
@@ -168,9 +171,7 @@ func ForTest(t TB, o Options) *Node {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		if err := n.closePods(); err != nil {
-			t.Error(err)
-		} else if left, err := n.Leftovers(); err != nil || len(left) > 0 {
+		if left, err := n.ClosePods(); err != nil || len(left) > 0 {
 			t.Error(ErrLeftover, left, err)
 		}
 		if err := n.Close(); err != nil {

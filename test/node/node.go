@@ -212,7 +212,7 @@ func (n *Node) Cgroup(path string) (string, error) {
 func (n *Node) Close() error {
 	ctx, cancel := context.WithTimeout(context.Background(), closeTimeout)
 	defer cancel()
-	failed := []error{n.closePods()}
+	failed := []error{n.closePods(ctx)}
 	n.mu.Lock()
 	services, cgroups := n.services, n.cgroups
 	n.services, n.cgroups = nil, nil
@@ -236,10 +236,18 @@ func (n *Node) Close() error {
 	return errors.Join(failed...)
 }
 
-// closePods closes the node's pods, the youngest first.
-func (n *Node) closePods() error {
+// ClosePods closes the node's pods and returns [Node.Leftovers].
+func (n *Node) ClosePods() (left []string, err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), closeTimeout)
 	defer cancel()
+	if err := n.closePods(ctx); err != nil {
+		return nil, err
+	}
+	return n.Leftovers()
+}
+
+// closePods closes the node's pods, the youngest first.
+func (n *Node) closePods(ctx context.Context) error {
 	n.mu.Lock()
 	pods := slices.Clone(n.pods)
 	n.mu.Unlock()
