@@ -445,6 +445,10 @@ static __always_inline enum message_outcome overtakes(const struct tcp_sock *tp,
 						      const struct endpoint *e, struct sock *peer,
 						      const struct control *ctl)
 {
+	/* Not a byte has gone by TCP, which the sequence number alone could
+	 * not tell once it has wrapped. */
+	if (tp->write_seq == e->own.snd && !e->passed.messages)
+		return MESSAGE_REDIRECTED;
 	if (tp->write_seq != tp->snd_una)
 		return MESSAGE_UNACKNOWLEDGED;
 	if (BPF_CORE_READ(peer, sk_receive_queue.qlen))
@@ -486,12 +490,16 @@ static __always_inline enum message_outcome classify(struct sk_msg_md *msg, stru
 		return MESSAGE_CLOSING;
 	if (tp->inet_conn.icsk_ulp_ops)
 		return MESSAGE_ULP;
-	peer = peer_of(e);
-	if (!peer)
-		return MESSAGE_PEER_GONE;
+	peer = (struct sock *)(unsigned long)e->peer_sk;
 	now = bpf_jiffies64();
 	generation = read_switch(SWITCH_GENERATION);
 	if (e->checked != now || e->generation != generation) {
+		/* In between, the sockhash has the last word on whether the
+		 * peer is there: what is read of a socket that is gone decides
+		 * nothing, because its key is missing. */
+		peer = peer_of(e);
+		if (!peer)
+			return MESSAGE_PEER_GONE;
 		refresh(e, peer, ctl, generation, now);
 		bpf_probe_read_kernel(&e->low_mark, sizeof(e->low_mark),
 				      tp->inet_conn.icsk_inet.sk.__sk_common.skc_prot->sysctl_mem);
