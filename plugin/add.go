@@ -270,7 +270,7 @@ func (j *job) verdict() (*Verdict, error) {
 
 func (j *job) compareSize(set Set) {
 	if n, err := set.MaxConnections(); err == nil && n != j.conf.MaxConnections {
-		j.log.Debug("maxConnections is fixed when the datapath is loaded: unload it to change it",
+		j.log.Warn("maxConnections is fixed when the datapath is loaded: unload it to change it",
 			"configured", j.conf.MaxConnections, "loaded", n)
 	}
 }
@@ -315,7 +315,7 @@ func (j *job) attach(ctx context.Context, set Set, pod *podcgroup.Pod, verdict *
 		return false, err
 	}
 	p.did("link attached")
-	if err := p.settle(j.store, conf.BPFFS, pod.ID, nil); err != nil {
+	if err := p.settle(j.store, conf.BPFFS, pod.ID, nil, set); err != nil {
 		return false, err
 	}
 	p.did("settings written")
@@ -388,7 +388,7 @@ func (j *job) leave(ctx context.Context, why string) error {
 		if j.record.CgroupID == 0 {
 			return nil
 		}
-		return j.p.settle(j.store, j.conf.BPFFS, j.record.CgroupID, nil)
+		return j.p.settle(j.store, j.conf.BPFFS, j.record.CgroupID, nil, nil)
 	}()
 	if err != nil {
 		why += "; not recorded: " + err.Error()

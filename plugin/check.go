@@ -39,7 +39,9 @@ func (p *Plugin) Check(args *skel.CmdArgs) error {
 	case err != nil && strict:
 		return coded(types.ErrTryAgainLater, "cannot tell that the pod is accelerated, and onError is \"fail\"", err)
 	case err != nil:
-		p.fallback.Info("CHECK passes without having seen the pod's link", append(attrs(key), "reason", reason(err))...)
+		log, closer := p.Log(conf)
+		defer closer.Close()
+		log.With(attrs(key)...).Info("CHECK passes without having seen the pod's link", "reason", reason(err))
 	}
 	return nil
 }

@@ -16,7 +16,7 @@ import (
 
 // ErrConfig is wrapped by the errors of [ParseConfig] and [Validate]: a key of
 // skipstack's own is unknown, given twice, or has a value it cannot have.
-var ErrConfig = errors.New("invalid skipstack configuration")
+var ErrConfig = errors.New("invalid configuration")
 
 // Defaults of the configuration. The directories are those of a stock node.
 const (
@@ -121,6 +121,11 @@ type member struct {
 // splitObject returns the members of the one JSON object in raw, in order and
 // with duplicates, which encoding/json would drop silently.
 func splitObject(raw []byte) ([]member, error) {
+	// Unlike a Decoder, Unmarshal looks at all of raw.
+	var whole json.RawMessage
+	if err := json.Unmarshal(raw, &whole); err != nil {
+		return nil, fmt.Errorf("decode JSON: %w", err)
+	}
 	dec := json.NewDecoder(bytes.NewReader(raw))
 	tok, err := dec.Token()
 	if err != nil {
@@ -140,12 +145,6 @@ func splitObject(raw []byte) ([]member, error) {
 			return nil, fmt.Errorf("decode JSON: %w", err)
 		}
 		members = append(members, m)
-	}
-	if _, err := dec.Token(); err != nil {
-		return nil, fmt.Errorf("decode JSON: %w", err)
-	}
-	if dec.More() {
-		return nil, errors.New("decode JSON: data after the object")
 	}
 	return members, nil
 }

@@ -157,7 +157,7 @@ func TestParseConfigForeignKeys(t *testing.T) {
 }
 
 func TestParseConfigNotAnObject(t *testing.T) {
-	for _, raw := range []string{``, `[]`, `null`, `1`, `"x"`, `{`, `{"a"}`, `{"a":}`, `{} {}`, `{"a":1,}`, `{"mode":"on"} x`} {
+	for _, raw := range []string{``, `[]`, `null`, `1`, `"x"`, `{`, `{"a"}`, `{"a":}`, `{} {}`, `{"a":1,}`, `{"mode":"on"} x`, `{}}`, `{}]`, `{},`} {
 		if err := Validate([]byte(raw)); err == nil || errors.Is(err, ErrConfig) {
 			t.Errorf("%s: error %v", raw, err)
 		}

@@ -77,6 +77,11 @@ func (in *input) result() ([]byte, error) {
 	if err := converted.PrintTo(&out); err != nil {
 		return nil, bad(err)
 	}
+	// The library prints some things that it does not read, such as an address
+	// that was missing.
+	if _, err := create.Create(in.cniVersion, out.Bytes()); err != nil {
+		return nil, bad(err)
+	}
 	return out.Bytes(), nil
 }
 

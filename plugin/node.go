@@ -16,7 +16,7 @@ import (
 const reasonUnloaded = "unloaded"
 
 const (
-	// lockWait is how long an operator's command waits for the lock.
+	// lockWait is how long an operator's command waits for a lock.
 	lockWait = 10 * time.Second
 	// probeWait is how long one waits for a prober to finish.
 	probeWait = 30 * time.Second
@@ -45,7 +45,7 @@ type Loaded struct {
 
 // Load loads the datapath or, where another build's is loaded, puts this build's
 // in its place; probes the kernel where this boot and build have no verdict; and
-// opens the node's gate accordingly. It waits for other processes until ctx ends.
+// opens the node's gate accordingly.
 //
 // The error wraps [datapath.ErrUnsupported] where the kernel cannot run the
 // programs. A verdict that forbids acceleration is no error.
@@ -56,7 +56,9 @@ func (n *Node) Load(ctx context.Context, conf Config) (Loaded, error) {
 		return out, err
 	}
 	defer probe.Close()
-	if err := n.Datapath.EnsureBPFFS(ctx, conf.BPFFS); err != nil {
+	waiting, cancel := context.WithTimeout(ctx, n.lockWait)
+	defer cancel()
+	if err := n.Datapath.EnsureBPFFS(waiting, conf.BPFFS); err != nil {
 		return out, err
 	}
 	out.Was = "this build"
@@ -67,7 +69,7 @@ func (n *Node) Load(ctx context.Context, conf Config) (Loaded, error) {
 	} else {
 		return out, err
 	}
-	set, changed, err := n.Datapath.Upgrade(ctx, conf.BPFFS, datapath.LoadOptions{MaxConnections: conf.MaxConnections})
+	set, changed, err := n.Datapath.Upgrade(waiting, conf.BPFFS, datapath.LoadOptions{MaxConnections: conf.MaxConnections})
 	if err != nil {
 		return out, err
 	}
@@ -106,10 +108,12 @@ func (n *Node) Probe(ctx context.Context, conf Config, load bool, held *os.File)
 	}
 	set, err := n.Datapath.Open(conf.BPFFS)
 	if load && v.Supported && (errors.Is(err, datapath.ErrNotLoaded) || errors.Is(err, datapath.ErrDamaged)) {
-		if err := n.Datapath.EnsureBPFFS(ctx, conf.BPFFS); err != nil {
+		waiting, cancel := context.WithTimeout(ctx, n.lockWait)
+		defer cancel()
+		if err := n.Datapath.EnsureBPFFS(waiting, conf.BPFFS); err != nil {
 			return err
 		}
-		set, err = n.Datapath.Load(ctx, conf.BPFFS, datapath.LoadOptions{MaxConnections: conf.MaxConnections})
+		set, err = n.Datapath.Load(waiting, conf.BPFFS, datapath.LoadOptions{MaxConnections: conf.MaxConnections})
 	}
 	if errors.Is(err, datapath.ErrNotLoaded) {
 		return nil // unloaded meanwhile; the next ADD loads it and finds the verdict
@@ -199,7 +203,7 @@ func (n *Node) Unload(ctx context.Context, conf Config, force bool) (Unloaded, e
 		}
 	}
 	if len(pods) > 0 && !force {
-		return out, fmt.Errorf("%d %w: %s", len(pods), datapath.ErrInUse, list(pods))
+		return out, fmt.Errorf("%w: %d (%s)", datapath.ErrInUse, len(pods), list(pods))
 	}
 	for _, r := range ours {
 		r.Status, r.Reason = attachment.Skipped, reasonUnloaded
@@ -211,7 +215,9 @@ func (n *Node) Unload(ctx context.Context, conf Config, force bool) (Unloaded, e
 		}
 	}
 	out.Detached = len(pods)
-	left, err := n.Datapath.Unload(ctx, conf.BPFFS, force)
+	waiting, cancel := context.WithTimeout(ctx, n.lockWait)
+	defer cancel()
+	left, err := n.Datapath.Unload(waiting, conf.BPFFS, force)
 	out.Sockets = left.Sockets
 	return out, errors.Join(err, listErr)
 }

@@ -97,7 +97,7 @@ type Verdict struct {
 type Verdicts interface {
 	// Cached returns the verdict of this boot and build, or [ErrNoVerdict].
 	Cached(runDir string) (Verdict, error)
-	// Probe finds it out and caches it. That takes seconds.
+	// Probe finds it out and caches it. That takes up to seconds.
 	Probe(ctx context.Context, conf Config) (Verdict, error)
 }
 

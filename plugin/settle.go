@@ -30,8 +30,9 @@ func wishOf(r attachment.Record) wish {
 // counts for the latter, so that "off" on one network holds although another
 // network's attachment keeps the link.
 //
-// The lock is held. Doing it again does no harm.
-func (d *Deps) settle(store *attachment.Store, bpffs string, cgroupID uint64, without *attachment.Key) error {
+// The lock is held. Doing it again does no harm. A caller that has the datapath
+// open passes it as set, which may be nil.
+func (d *Deps) settle(store *attachment.Store, bpffs string, cgroupID uint64, without *attachment.Key, set Set) error {
 	records, err := store.ByCgroup(cgroupID)
 	records = slices.DeleteFunc(records, func(r attachment.Record) bool {
 		w := wishOf(r)
@@ -51,14 +52,16 @@ func (d *Deps) settle(store *attachment.Store, bpffs string, cgroupID uint64, wi
 	if err != nil {
 		wishes = append(wishes, wish{}) // for what could not be read
 	}
-	set, err := d.Datapath.Open(bpffs)
-	if errors.Is(err, datapath.ErrNotLoaded) {
-		return nil
+	if set == nil {
+		set, err = d.Datapath.Open(bpffs)
+		if errors.Is(err, datapath.ErrNotLoaded) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		defer set.Close()
 	}
-	if err != nil {
-		return err
-	}
-	defer set.Close()
 	return setPod(set, cgroupID, wishes)
 }
 
@@ -86,5 +89,5 @@ func (d *Deps) release(store *attachment.Store, conf Config, r attachment.Record
 	if bpffs == "" {
 		bpffs = conf.BPFFS
 	}
-	return d.settle(store, bpffs, r.CgroupID, &r.Key)
+	return d.settle(store, bpffs, r.CgroupID, &r.Key, nil)
 }
