@@ -34,6 +34,7 @@ enum connection_outcome {
 	CONNECTION_RCVLOWAT,	     /* SO_RCVLOWAT over 1, where the funnel would break it */
 	CONNECTION_EARLY_DATA,	     /* bytes were queued before the handshake ended */
 	CONNECTION_REPAIRED,	     /* TCP_REPAIR: no handshake took place */
+	CONNECTION_UNPROVEN,	     /* its segment is not the other end's own (sent_by) */
 	CONNECTION_SELF,	     /* the socket is connected to itself */
 	CONNECTION_GATE_CLOSED,	     /* the client's pod does not take part */
 	CONNECTION_LATE_CLAIM,	     /* the client answered after the claim window */

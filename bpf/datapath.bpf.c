@@ -42,7 +42,8 @@ static __always_inline void refuse(struct connection *c)
 
 /* open_endpoint makes the socket's record and asks for its state changes. */
 static __always_inline struct endpoint *open_endpoint(struct bpf_sock_ops *ctx, struct end_key own,
-						      __u64 pod, __u64 now)
+						      struct secret secret, __u64 pod,
+						      __u64 now)
 {
 	struct bpf_sock *sk = ctx->sk;
 	struct pod_counters *pc;
@@ -56,6 +57,7 @@ static __always_inline struct endpoint *open_endpoint(struct bpf_sock_ops *ctx, 
 	if (e->closed) /* disconnected and connected again */
 		__builtin_memset(e, 0, sizeof(*e));
 	e->own = own;
+	e->secret = secret;
 	e->pod = pod;
 	e->since_ns = now;
 	e->generation = read_switch(SWITCH_GENERATION) - 1; /* stale */
@@ -68,10 +70,10 @@ static __always_inline struct endpoint *open_endpoint(struct bpf_sock_ops *ctx, 
 }
 
 /* insert puts the socket into the sockhash. Returns 0 or the reason why not. */
-static __always_inline enum connection_outcome insert(struct bpf_sock_ops *ctx, struct endpoint *e,
-						      struct end_key *own)
+static __always_inline enum connection_outcome insert(struct bpf_sock_ops *ctx, struct endpoint *e)
 {
-	long err = bpf_sock_hash_update(ctx, &socks, own, BPF_NOEXIST);
+	struct sock_key key = sock_key(e->own, e->secret);
+	long err = bpf_sock_hash_update(ctx, &socks, &key, BPF_NOEXIST);
 
 	if (!err) {
 		e->enrolled = 1;
@@ -85,9 +87,9 @@ static __always_inline enum connection_outcome insert(struct bpf_sock_ops *ctx, 
 }
 
 /* A listener in an enabled pod answers a SYN: write down both initial sequence
- * numbers, by which a client on this node will be recognised. The program runs
- * on the request sock, so ctx->sk is not to be used and `reply` (the initial
- * window) is left to others. */
+ * numbers, by which a client on this node will be recognised, and the request's
+ * secret, which its SYN-ACK will carry. The program runs on the request sock, so
+ * ctx->sk is not to be used and `reply` (the initial window) is left to others. */
 static __always_inline void syn_received(struct bpf_sock_ops *ctx, const struct control *ctl)
 {
 	struct tcp_request_sock *req = (void *)BPF_CORE_READ((struct bpf_sock_ops_kern *)ctx, sk);
@@ -97,6 +99,10 @@ static __always_inline void syn_received(struct bpf_sock_ops *ctx, const struct 
 	struct pod *pod;
 
 	if (!req)
+		return;
+	/* With a SYN cookie the request is forgotten, and nothing would tie the
+	 * server's socket to it. So a flood leaves no records either. */
+	if (BPF_CORE_READ_BITFIELD_PROBED(req, req.req.syncookie))
 		return;
 	listener = BPF_CORE_READ(req, req.req.__req_common.skc_listener);
 	if (!listener)
@@ -115,6 +121,7 @@ static __always_inline void syn_received(struct bpf_sock_ops *ctx, const struct 
 	else if (!(pod->accepted & RISK_BLOCKING) && blocking(BPF_CORE_READ(listener, sk_socket)))
 		c.refusal = CONNECTION_BLOCKING;
 
+	c.secret.server = BPF_CORE_READ(req, txhash);
 	client.snd = BPF_CORE_READ(req, rcv_isn) + 1;
 	client.rcv = BPF_CORE_READ(req, snt_isn) + 1;
 	/* Never replace a record: whoever forges the numbers comes second. */
@@ -131,9 +138,6 @@ client_refusal(struct bpf_sock_ops *ctx, struct tcp_sock *tp, struct end_key own
 
 	if (bpf_ktime_get_ns() - c->syn_ns > cfg_claim_window_ns)
 		return CONNECTION_LATE_CLAIM;
-	/* A repaired socket comes here without a segment that establishes it. */
-	if (!ctx->skb_len)
-		return CONNECTION_REPAIRED;
 	if (own.snd == own.rcv)
 		return CONNECTION_SELF;
 	if (tp->write_seq != tp->snd_nxt)
@@ -158,6 +162,7 @@ client_refusal(struct bpf_sock_ops *ctx, struct tcp_sock *tp, struct end_key own
 static __always_inline void client_established(struct bpf_sock_ops *ctx, const struct control *ctl)
 {
 	struct end_key own = {.snd = ctx->snd_nxt, .rcv = ctx->rcv_nxt};
+	struct secret secret;
 	struct connection *c;
 	struct tcp_sock *tp;
 	struct endpoint *e;
@@ -180,8 +185,16 @@ static __always_inline void client_established(struct bpf_sock_ops *ctx, const s
 	if (!tp)
 		return;
 
-	/* A record is claimed once. If a second socket comes with the same
-	 * numbers one of the two is lying, and neither is believed. */
+	/* Whoever has no more than the numbers leaves the record to its owner.
+	 * A repaired socket comes here without a segment that establishes it. */
+	secret.server = c->secret.server;
+	secret.client = ctx->sk_txhash;
+	if (!sent_by(ctx, secret.server)) {
+		count_connection(ctx->skb_len ? CONNECTION_UNPROVEN : CONNECTION_REPAIRED);
+		return;
+	}
+	/* A record is claimed once. If a second socket has received the same
+	 * SYN-ACK, one of the two is not the client, and neither is believed. */
 	if (c->state == PLAIN)
 		return; /* refused before */
 	if (c->state != SYN_SEEN) {
@@ -200,14 +213,14 @@ static __always_inline void client_established(struct bpf_sock_ops *ctx, const s
 		count_connection(CONNECTION_CONTESTED);
 		return;
 	}
-	e = open_endpoint(ctx, own, pod, c->syn_ns);
+	e = open_endpoint(ctx, own, secret, pod, c->syn_ns);
 	if (!e) {
 		refuse(c);
 		count_connection(CONNECTION_FAILED);
 		return;
 	}
 	e->is_client = 1;
-	why = insert(ctx, e, &own);
+	why = insert(ctx, e);
 	if (why) {
 		e->mode = ENDPOINT_PLAIN;
 		refuse(c);
@@ -217,6 +230,7 @@ static __always_inline void client_established(struct bpf_sock_ops *ctx, const s
 	c->client_sk = (unsigned long)sk;
 	c->client_cookie = bpf_get_socket_cookie(ctx);
 	c->client_pod = pod;
+	c->secret.client = secret.client;
 	if (swap_state(c, CLAIMING, CLAIMED) != CLAIMING)
 		e->mode = ENDPOINT_PLAIN; /* contested meanwhile, and counted there */
 }
@@ -226,6 +240,7 @@ static __always_inline void client_established(struct bpf_sock_ops *ctx, const s
 static __always_inline void server_established(struct bpf_sock_ops *ctx, const struct control *ctl)
 {
 	struct end_key own = {.snd = ctx->snd_nxt, .rcv = ctx->rcv_nxt}, client = mirror(own);
+	struct secret secret;
 	struct connection *c;
 	struct tcp_sock *tp;
 	struct endpoint *e;
@@ -242,6 +257,12 @@ static __always_inline void server_established(struct bpf_sock_ops *ctx, const s
 	e = endpoint_of(sk);
 	if (e && !e->closed)
 		return; /* attached to nested cgroups, the program runs twice */
+	/* This socket must come from the request that the record is about. */
+	secret = c->secret;
+	if (ctx->sk_txhash != secret.server) {
+		count_connection(CONNECTION_UNPROVEN);
+		return;
+	}
 	if (swap_state(c, SYN_SEEN, PLAIN) == SYN_SEEN) {
 		bpf_map_delete_elem(&connections, &client);
 		count_connection(CONNECTION_REMOTE_CLIENT);
@@ -256,7 +277,7 @@ static __always_inline void server_established(struct bpf_sock_ops *ctx, const s
 	}
 	/* From here on the client is in the sockhash, so this end is watched
 	 * (see state_changed) even when it is not enrolled itself. */
-	e = open_endpoint(ctx, own, c->server_pod, c->syn_ns);
+	e = open_endpoint(ctx, own, secret, c->server_pod, c->syn_ns);
 	if (!e) {
 		refuse(c);
 		count_connection(CONNECTION_FAILED);
@@ -272,9 +293,15 @@ static __always_inline void server_established(struct bpf_sock_ops *ctx, const s
 		count_connection(CONNECTION_LOST_RACE);
 		return;
 	}
+	/* The acknowledgement must come from the socket that claimed. */
+	if (!sent_by(ctx, secret.client)) {
+		refuse(c);
+		count_connection(CONNECTION_UNPROVEN);
+		return;
+	}
 	tp = bpf_skc_to_tcp_sock(sk);
 	why = tp && !(bpf_core_field_exists(tp->is_mptcp) && tp->is_mptcp) ?
-		      insert(ctx, e, &own) :
+		      insert(ctx, e) :
 		      CONNECTION_MPTCP;
 	if (why) {
 		refuse(c);
@@ -286,8 +313,10 @@ static __always_inline void server_established(struct bpf_sock_ops *ctx, const s
 	/* Whoever decides first wins. A client that has sent by TCP already
 	 * keeps the connection there. */
 	if (swap_state(c, CLAIMED, SPLICED) != CLAIMED) {
+		struct sock_key key = sock_key(own, secret);
+
 		/* Nothing can have been redirected to this socket yet. */
-		bpf_map_delete_elem(&socks, &own);
+		bpf_map_delete_elem(&socks, &key);
 		count_connection(CONNECTION_LOST_RACE);
 		return;
 	}
@@ -530,7 +559,7 @@ int redirect(struct sk_msg_md *msg)
 	enum message_outcome why;
 	__u32 size = msg->size;
 	struct endpoint *e;
-	struct end_key to;
+	struct sock_key to;
 
 	e = endpoint_of(sk);
 	if (!e || !sk) {
@@ -539,7 +568,7 @@ int redirect(struct sk_msg_md *msg)
 	}
 	why = classify(msg, sk, e);
 	if (why == MESSAGE_REDIRECTED) {
-		to = mirror(e->own);
+		to = sock_key(mirror(e->own), e->secret);
 		/* The helper's verdict is not ours: SK_DROP for a missing key
 		 * would lose the message. */
 		if (bpf_msg_redirect_hash(msg, &socks, &to, BPF_F_INGRESS) != SK_PASS)

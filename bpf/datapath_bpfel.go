@@ -17,6 +17,7 @@ type DatapathConnection struct {
 	_            structs.HostLayout
 	State        DatapathConnectionState
 	Refusal      DatapathConnectionOutcome
+	Secret       DatapathSecret
 	SynNs        uint64
 	ClientSk     uint64
 	ClientCookie uint64
@@ -38,15 +39,16 @@ const (
 	DatapathConnectionOutcomeCONNECTION_RCVLOWAT      DatapathConnectionOutcome = 6
 	DatapathConnectionOutcomeCONNECTION_EARLY_DATA    DatapathConnectionOutcome = 7
 	DatapathConnectionOutcomeCONNECTION_REPAIRED      DatapathConnectionOutcome = 8
-	DatapathConnectionOutcomeCONNECTION_SELF          DatapathConnectionOutcome = 9
-	DatapathConnectionOutcomeCONNECTION_GATE_CLOSED   DatapathConnectionOutcome = 10
-	DatapathConnectionOutcomeCONNECTION_LATE_CLAIM    DatapathConnectionOutcome = 11
-	DatapathConnectionOutcomeCONNECTION_CONTESTED     DatapathConnectionOutcome = 12
-	DatapathConnectionOutcomeCONNECTION_LOST_RACE     DatapathConnectionOutcome = 13
-	DatapathConnectionOutcomeCONNECTION_MAP_FULL      DatapathConnectionOutcome = 14
-	DatapathConnectionOutcomeCONNECTION_OTHER_OWNER   DatapathConnectionOutcome = 15
-	DatapathConnectionOutcomeCONNECTION_FAILED        DatapathConnectionOutcome = 16
-	DatapathConnectionOutcomeCONNECTION_OUTCOMES      DatapathConnectionOutcome = 17
+	DatapathConnectionOutcomeCONNECTION_UNPROVEN      DatapathConnectionOutcome = 9
+	DatapathConnectionOutcomeCONNECTION_SELF          DatapathConnectionOutcome = 10
+	DatapathConnectionOutcomeCONNECTION_GATE_CLOSED   DatapathConnectionOutcome = 11
+	DatapathConnectionOutcomeCONNECTION_LATE_CLAIM    DatapathConnectionOutcome = 12
+	DatapathConnectionOutcomeCONNECTION_CONTESTED     DatapathConnectionOutcome = 13
+	DatapathConnectionOutcomeCONNECTION_LOST_RACE     DatapathConnectionOutcome = 14
+	DatapathConnectionOutcomeCONNECTION_MAP_FULL      DatapathConnectionOutcome = 15
+	DatapathConnectionOutcomeCONNECTION_OTHER_OWNER   DatapathConnectionOutcome = 16
+	DatapathConnectionOutcomeCONNECTION_FAILED        DatapathConnectionOutcome = 17
+	DatapathConnectionOutcomeCONNECTION_OUTCOMES      DatapathConnectionOutcome = 18
 )
 
 type DatapathConnectionState uint32
@@ -76,7 +78,7 @@ type DatapathCounters struct {
 		Messages uint64
 		Bytes    uint64
 	}
-	Connection [17]uint64
+	Connection [18]uint64
 	Event      [4]uint64
 }
 
@@ -89,6 +91,7 @@ type DatapathEndKey struct {
 type DatapathEndpoint struct {
 	_          structs.HostLayout
 	Own        DatapathEndKey
+	Secret     DatapathSecret
 	IsClient   uint32
 	Mode       DatapathEndpointMode
 	PeerSk     uint64
@@ -204,6 +207,18 @@ const (
 	DatapathRiskRISK_UNCHARGED DatapathRisk = 8
 	DatapathRiskRISK_BLOCKING  DatapathRisk = 16
 )
+
+type DatapathSecret struct {
+	_      structs.HostLayout
+	Server uint32
+	Client uint32
+}
+
+type DatapathSockKey struct {
+	_      structs.HostLayout
+	End    DatapathEndKey
+	Secret DatapathSecret
+}
 
 type DatapathSwitchSlot uint32
 

@@ -121,6 +121,7 @@ struct tcp_sock {
 
 struct request_sock {
 	struct sock_common __req_common; /* rsk_listener is in here */
+	__u8 syncookie : 1;
 };
 
 struct inet_request_sock {
@@ -129,6 +130,7 @@ struct inet_request_sock {
 
 struct tcp_request_sock {
 	struct inet_request_sock req;
+	__u32 txhash;
 	__u32 rcv_isn;
 	__u32 snt_isn;
 	bool is_mptcp;
@@ -136,6 +138,7 @@ struct tcp_request_sock {
 
 struct bpf_sock_ops_kern {
 	struct sock *sk;
+	struct sk_buff *skb;
 };
 
 struct sk_psock {
@@ -144,6 +147,8 @@ struct sk_psock {
 
 struct sk_buff {
 	char cb[48]; /* struct tcp_skb_cb begins with seq and end_seq */
+	__u8 sw_hash : 1;
+	__u32 hash;
 };
 
 #pragma clang attribute pop

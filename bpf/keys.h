@@ -20,4 +20,26 @@ static __always_inline struct end_key mirror(struct end_key k)
 	return m;
 }
 
+/* What ties two ends together beyond guessing: the random numbers that the
+ * kernel gave the request that answered the SYN, and so the server's socket,
+ * and the client's socket (txhash; see sent_by). */
+struct secret {
+	__u32 server;
+	__u32 client;
+};
+
+/* A socket in the sockhash. Numbers that somebody guessed or overheard are not
+ * enough to take the place of a socket that has left. */
+struct sock_key {
+	struct end_key end;
+	struct secret secret;
+};
+
+static __always_inline struct sock_key sock_key(struct end_key end, struct secret secret)
+{
+	struct sock_key k = {.end = end, .secret = secret};
+
+	return k;
+}
+
 #endif

@@ -37,6 +37,7 @@ var ConnectionLabels = [...]string{
 	DatapathConnectionOutcomeCONNECTION_RCVLOWAT:      "rcvlowat",
 	DatapathConnectionOutcomeCONNECTION_EARLY_DATA:    "early_data",
 	DatapathConnectionOutcomeCONNECTION_REPAIRED:      "repaired",
+	DatapathConnectionOutcomeCONNECTION_UNPROVEN:      "unproven",
 	DatapathConnectionOutcomeCONNECTION_SELF:          "self",
 	DatapathConnectionOutcomeCONNECTION_GATE_CLOSED:   "gate_closed",
 	DatapathConnectionOutcomeCONNECTION_LATE_CLAIM:    "late_claim",

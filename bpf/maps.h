@@ -23,6 +23,7 @@ enum connection_state {
 struct connection {
 	enum connection_state state; /* changed only by compare-and-swap */
 	enum connection_outcome refusal; /* why the server cannot enrol, 0 if it can */
+	struct secret secret;
 	__u64 syn_ns;  /* CLOCK_MONOTONIC */
 	__u64 client_sk;
 	__u64 client_cookie;
@@ -44,14 +45,14 @@ struct {
 	__type(value, struct connection);
 } connections SEC(".maps");
 
-/* The sockets that may be redirected to, keyed by their own end.
+/* The sockets that may be redirected to, keyed by their own end and the secret.
  * Writer: sock_ops. Reader: sk_msg (redirect). Removed by the kernel when a
  * socket leaves TCP_ESTABLISHED for good; by sock_ops only before the first
  * byte could have been redirected to it. */
 struct {
 	__uint(type, BPF_MAP_TYPE_SOCKHASH);
 	__uint(max_entries, 2 * DEFAULT_MAX_CONNECTIONS);
-	__type(key, struct end_key);
+	__type(key, struct sock_key);
 	__type(value, __u64);
 } socks SEC(".maps");
 
@@ -64,6 +65,7 @@ enum endpoint_mode {
 /* What an enrolled socket knows of itself and its peer. */
 struct endpoint {
 	struct end_key own;
+	struct secret secret;
 	__u32 is_client;
 	enum endpoint_mode mode;
 	/* The peer: its address is only a hint until the cookie has been

@@ -30,6 +30,23 @@ static __always_inline struct sock *peer_of(const struct endpoint *e)
 	return peer;
 }
 
+/* sent_by tells if the segment that the program looks at was sent on this node by
+ * the request or the socket with that txhash. The kernel draws it at random and
+ * marks each skb with it (tcp_make_synack(), skb_set_hash_from_sk()); NAT,
+ * bridges, veth and loopback leave the mark alone, and where something clears it
+ * the connection stays plain. It is in no packet, but for 20 bits in the flow
+ * label of IPv6, and no program can set it: a segment from a TUN device or a raw
+ * socket does not have it, one from another host has its network card's. A hash
+ * that was computed from headers (sw_hash) is no evidence either: whoever sends
+ * the packet has a say in those. */
+static __always_inline bool sent_by(struct bpf_sock_ops *ctx, __u32 number)
+{
+	struct sk_buff *skb = BPF_CORE_READ((struct bpf_sock_ops_kern *)ctx, skb);
+
+	return skb && number && BPF_CORE_READ(skb, hash) == number &&
+	       !BPF_CORE_READ_BITFIELD_PROBED(skb, sw_hash);
+}
+
 /* mirrors tells if a peer that a record named really is the other end of a
  * connection on which `own` has not sent a byte. A record that is evicted while
  * it is being read may become another connection's: the kernel recycles map

@@ -103,7 +103,7 @@ func (s *Set) Live() (uint64, error) {
 
 // Enrolled is how many sockets the sockhash holds.
 func (s *Set) Enrolled() (int, error) {
-	var key, next bpf.DatapathEndKey
+	var key, next bpf.DatapathSockKey
 	n := 0
 	m := s.maps[bpf.DatapathMapSocks]
 	for err := m.NextKey(nil, &next); ; err = m.NextKey(&key, &next) {

@@ -427,15 +427,15 @@ func TestLayoutIsFixed(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := map[string][2]uint32{ // key and value size, layout 1
-		bpf.DatapathMapConnections:     {8, 64},
-		bpf.DatapathMapEndpoints:       {4, 144},
+		bpf.DatapathMapConnections:     {8, 72},
+		bpf.DatapathMapEndpoints:       {4, 152},
 		bpf.DatapathMapFunnelNext:      {8, 16},
 		bpf.DatapathMapPods:            {8, 84},
 		bpf.DatapathMapPodsCount:       {8, 48},
-		bpf.DatapathMapSkipstackCount:  {4, 376},
+		bpf.DatapathMapSkipstackCount:  {4, 384},
 		bpf.DatapathMapSkipstackCtl:    {4, 36},
 		bpf.DatapathMapSkipstackSwitch: {4, 4},
-		bpf.DatapathMapSocks:           {8, 8},
+		bpf.DatapathMapSocks:           {16, 8},
 	}
 	if Layout != 1 || len(want) != len(mapNames) {
 		t.Fatal("write the sizes of the new layout here")
