@@ -1,0 +1,85 @@
+package datapath_test
+
+import (
+	"errors"
+	"testing"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/binaryutil"
+	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
+)
+
+// drop makes the pod lose the given share of the TCP segments that arrive at it,
+// in percent, until the returned function is called or the test ends. Only
+// segments longer than atLeast bytes, headers included, are lost.
+func (p *pod) drop(t *testing.T, percent uint32, atLeast uint16) (stop func()) {
+	t.Helper()
+	return p.filter(t,
+		// Length of the packet.
+		&expr.Meta{Key: expr.MetaKeyLEN, Register: 1},
+		&expr.Byteorder{SourceRegister: 1, DestRegister: 1, Op: expr.ByteorderHton, Len: 4, Size: 4},
+		&expr.Cmp{Op: expr.CmpOpGte, Register: 1, Data: binaryutil.BigEndian.PutUint32(uint32(atLeast))},
+		&expr.Numgen{Register: 1, Modulus: 100, Type: unix.NFT_NG_RANDOM},
+		&expr.Byteorder{SourceRegister: 1, DestRegister: 1, Op: expr.ByteorderHton, Len: 4, Size: 4},
+		&expr.Cmp{Op: expr.CmpOpLt, Register: 1, Data: binaryutil.BigEndian.PutUint32(percent)},
+	)
+}
+
+// dropFlags makes the pod lose TCP segments that arrive with exactly these of
+// the flags SYN, ACK, FIN and RST.
+func (p *pod) dropFlags(t *testing.T, flags byte) (stop func()) {
+	t.Helper()
+	const syn, ack, fin, rst = 2, 16, 1, 4
+	return p.filter(t,
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 13, Len: 1},
+		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 1, Mask: []byte{syn | ack | fin | rst}, Xor: []byte{0}},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{flags}},
+	)
+}
+
+// filter drops TCP segments that arrive at the pod, over any interface, and match.
+func (p *pod) filter(t *testing.T, match ...expr.Any) (stop func()) {
+	t.Helper()
+	table := &nftables.Table{Name: "loss", Family: nftables.TableFamilyINet}
+	exprs := append([]expr.Any{
+		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{unix.IPPROTO_TCP}},
+	}, match...)
+	exprs = append(exprs, &expr.Verdict{Kind: expr.VerdictDrop})
+	check(t, p.Do(func() error {
+		c, err := nftables.New()
+		if err != nil {
+			return err
+		}
+		chain := c.AddChain(&nftables.Chain{
+			Name: "input", Table: c.AddTable(table), Type: nftables.ChainTypeFilter,
+			Hooknum: nftables.ChainHookInput, Priority: nftables.ChainPriorityFilter,
+		})
+		c.AddRule(&nftables.Rule{Table: table, Chain: chain, Exprs: exprs})
+		return c.Flush()
+	}))
+	stop = func() {
+		t.Helper()
+		check(t, p.Do(func() error {
+			c, err := nftables.New()
+			if err != nil {
+				return err
+			}
+			c.DelTable(table)
+			if err := c.Flush(); err != nil && !errors.Is(err, unix.ENOENT) {
+				return err
+			}
+			return nil
+		}))
+	}
+	t.Cleanup(stop)
+	return stop
+}
+
+// fastRecovery lets TCP in the pod's network namespace retransmit after
+// milliseconds, so that tests with loss do not take minutes.
+func (p *pod) fastRecovery(t *testing.T) {
+	t.Helper()
+	p.sysctl(t, "net/ipv4/tcp_rto_min_us", "5000")
+}
