@@ -1,0 +1,275 @@
+package verdict
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/skipstack/skipstack/bpf"
+)
+
+var noon = time.Date(2026, 1, 1, 12, 0, 0, 0, time.UTC)
+
+func encoded(t testing.TB, v *Verdict) []byte {
+	t.Helper()
+	data, err := json.Marshal(v)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return data
+}
+
+func TestSaveAndCached(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "run", "skipstack")
+	v := made(NotOK, ProbeSplice)
+	v.Funnel = true
+	v.ProbedAt = noon
+	if _, err := cached(dir, v.BootID, v.Build, noon); !errors.Is(err, ErrNoVerdict) {
+		t.Fatalf("without a directory: %v", err)
+	}
+	for range 2 {
+		if err := v.Save(dir); err != nil {
+			t.Fatal(err)
+		}
+	}
+	got, err := cached(dir, v.BootID, v.Build, noon.Add(1000*time.Hour))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if want := encoded(t, v); !bytes.Equal(encoded(t, got), want) || got.Level != Risky || !got.Funnel || !got.MPTCPListeners {
+		t.Errorf("%s, not %s", encoded(t, got), want)
+	}
+	entries, err := os.ReadDir(dir)
+	if err != nil || len(entries) != 1 {
+		t.Fatalf("%v %v", entries, err)
+	}
+	info, err := entries[0].Info()
+	if err != nil || info.Mode().Perm() != 0o600 {
+		t.Errorf("%v %v", info.Mode(), err)
+	}
+	if want := "verdict-boot-01000000000000000000000000000000.json"; info.Name() != want {
+		t.Errorf("file %s, not %s", info.Name(), want)
+	}
+	if _, err := cached(dir, "another", v.Build, noon); !errors.Is(err, ErrNoVerdict) {
+		t.Errorf("another boot: %v", err)
+	}
+	if _, err := cached(dir, v.BootID, [16]byte{2}, noon); !errors.Is(err, ErrNoVerdict) {
+		t.Errorf("another build: %v", err)
+	}
+}
+
+// TestCachedOfThisBoot uses the real boot and build.
+func TestCachedOfThisBoot(t *testing.T) {
+	dir := t.TempDir()
+	v, err := newVerdict()
+	if err != nil {
+		t.Fatal(err)
+	}
+	v.conclude()
+	if err := v.Save(dir); err != nil {
+		t.Fatal(err)
+	}
+	got, err := Cached(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got.Level != Unsupported || got.Build != bpf.Build() || got.Kernel == "" {
+		t.Errorf("%+v", got)
+	}
+}
+
+func TestCachedRefuses(t *testing.T) {
+	good := string(encoded(t, made(NotOK, ProbeSplice)))
+	for name, data := range map[string]string{
+		"empty":            "",
+		"truncated":        good[:len(good)/2],
+		"not an object":    "[]",
+		"more":             good + "{}",
+		"null":             "null",
+		"foreign format":   strings.Replace(good, `"format":1`, `"format":2`, 1),
+		"unknown member":   strings.Replace(good, `"format":1`, `"format":1,"colour":"red"`, 1),
+		"unknown result":   strings.Replace(good, `"not ok"`, `"maybe"`, 1),
+		"unknown risk":     strings.Replace(good, `["splice"]`, `["splice","rain"]`, 1),
+		"missing risk":     strings.Replace(good, `["splice"]`, `[]`, 1),
+		"too many risks":   strings.Replace(good, `["splice"]`, `["splice","epoll"]`, 1),
+		"too good":         strings.Replace(good, `"risky"`, `"safe"`, 1),
+		"wrong mptcp":      strings.Replace(good, `"mptcpListeners":true`, `"mptcpListeners":false`, 1),
+		"another probe":    strings.Replace(good, `"name":"epoll"`, `"name":"select"`, 1),
+		"fewer probes":     good[:strings.Index(good, `{"name"`)] + good[strings.LastIndex(good, `{"name"`):],
+		"another boot":     strings.Replace(good, `"bootID":"boot"`, `"bootID":"other"`, 1),
+		"another build":    strings.Replace(good, `"build":"01`, `"build":"02`, 1),
+		"malformed build":  strings.Replace(good, `"build":"01`, `"build":"xx`, 1),
+		"long build":       strings.Replace(good, `"build":"01`, `"build":"0101`, 1),
+		"longer than kept": good[:len(good)-1] + strings.Repeat(" ", maxFile) + "}",
+	} {
+		t.Run(name, func(t *testing.T) {
+			if data == good {
+				t.Fatal("the data is good")
+			}
+			v := made(NotOK, ProbeSplice)
+			dir := t.TempDir()
+			if err := os.WriteFile(filepath.Join(dir, fileName(v.BootID, v.Build)), []byte(data), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			if got, err := cached(dir, v.BootID, v.Build, noon); !errors.Is(err, ErrNoVerdict) {
+				t.Errorf("%+v, %v", got, err)
+			}
+			// A new verdict takes its place.
+			if err := v.Save(dir); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := cached(dir, v.BootID, v.Build, noon); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
+// TestCachedTells: what cannot be read is not the same as what is not there.
+func TestCachedTells(t *testing.T) {
+	v := made(OK)
+	dir := t.TempDir()
+	path := filepath.Join(dir, fileName(v.BootID, v.Build))
+	if err := os.Symlink("/dev/zero", path); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := cached(dir, v.BootID, v.Build, noon); err == nil || errors.Is(err, ErrNoVerdict) {
+		t.Errorf("symbolic link: %v", err)
+	}
+	if err := errors.Join(os.Remove(path), os.Mkdir(path, 0o700)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := cached(dir, v.BootID, v.Build, noon); err == nil || errors.Is(err, ErrNoVerdict) {
+		t.Errorf("directory: %v", err)
+	}
+}
+
+func TestInconclusiveExpires(t *testing.T) {
+	dir := t.TempDir()
+	v := made(CouldNotTell, ProbeEpoll)
+	v.ProbedAt = noon
+	if err := v.Save(dir); err != nil {
+		t.Fatal(err)
+	}
+	for age, holds := range map[time.Duration]bool{
+		0: true, recheckAfter: true, recheckAfter + 1: false, -time.Second: false,
+	} {
+		_, err := cached(dir, v.BootID, v.Build, noon.Add(age))
+		if holds && err != nil || !holds && !errors.Is(err, ErrNoVerdict) {
+			t.Errorf("after %v: %v", age, err)
+		}
+	}
+}
+
+func TestSaveRemovesOthers(t *testing.T) {
+	dir := t.TempDir()
+	v := made(OK)
+	old, young := time.Now().Add(-2*tmpAge), time.Now()
+	for name, made := range map[string]time.Time{
+		fileName("old", v.Build):        young, // another boot
+		fileName("boo", v.Build):        young, // begins like this one
+		fileName(v.BootID, [16]byte{9}): young, // another build of this boot
+		tmpPrefix + "1":                 old,   // left half written
+		tmpPrefix + "2":                 young, // being written
+		"verdict-notes.txt":             old,   // not ours
+		"lock":                          old,
+		"attachments":                   old,
+	} {
+		path := filepath.Join(dir, name)
+		if err := os.WriteFile(path, nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Chtimes(path, made, made); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := v.Save(dir); err != nil {
+		t.Fatal(err)
+	}
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var names []string
+	for _, e := range entries {
+		names = append(names, e.Name())
+	}
+	want := strings.Join([]string{
+		tmpPrefix + "2", "attachments", "lock", fileName(v.BootID, v.Build),
+		fileName(v.BootID, [16]byte{9}), "verdict-notes.txt",
+	}, "\n")
+	if got := strings.Join(names, "\n"); got != want {
+		t.Errorf("left:\n%s\nwant:\n%s", got, want)
+	}
+}
+
+// TestSaveIsAtomic reads while others write.
+func TestSaveIsAtomic(t *testing.T) {
+	dir := t.TempDir()
+	v := made(OK)
+	if err := v.Save(dir); err != nil {
+		t.Fatal(err)
+	}
+	var writers sync.WaitGroup
+	for range 4 {
+		writers.Go(func() {
+			for range 50 {
+				if err := v.Save(dir); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	go func() {
+		writers.Wait()
+		cancel()
+	}()
+	for ctx.Err() == nil {
+		if _, err := cached(dir, v.BootID, v.Build, noon); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+func FuzzDecode(f *testing.F) {
+	for _, v := range []*Verdict{made(OK), made(NotOK, ProbeSplice), made(CouldNotTell, ProbeLoad, ProbeOrder)} {
+		data := encoded(f, v)
+		f.Add(data)
+		f.Add(data[:len(data)-2])
+		f.Add(bytes.Replace(data, []byte(`"format":1`), []byte(`"format":0`), 1))
+		f.Add(bytes.Replace(data, []byte(`"probedAt":"0001`), []byte(`"probedAt":"9999`), 1))
+		f.Add(bytes.Replace(data, []byte(`"build":"01`), []byte(`"build":"é`), 1))
+	}
+	f.Add([]byte(`{}`))
+	f.Add([]byte(`null`))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		v, err := decode(data)
+		if (v == nil) == (err == nil) {
+			t.Fatalf("%v and %v", v, err)
+		}
+		if err != nil {
+			return
+		}
+		// What is accepted is a verdict that probing could have ended with.
+		if v.Level == Safe && v.Risks != 0 || v.Level == Risky && v.Risks == 0 || v.NodeSettings().Open != (v.Level != Unsupported) {
+			t.Errorf("%+v", v)
+		}
+		_ = v.String()
+		once := encoded(t, v)
+		again, err := decode(once)
+		if err != nil {
+			t.Fatalf("%s: %v", once, err)
+		}
+		if !bytes.Equal(encoded(t, again), once) {
+			t.Errorf("%s is not %s", encoded(t, again), once)
+		}
+	})
+}

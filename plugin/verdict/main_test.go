@@ -1,0 +1,186 @@
+package verdict
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+// The test binary starts itself again in one of these parts.
+const (
+	fakeWorkerArg = "fake-worker" // a worker with other experiments, see fakes
+	runArg        = "run"         // Run with the rest of the arguments as its worker's
+)
+
+func TestMain(m *testing.M) {
+	if len(os.Args) > 1 {
+		switch args := os.Args[2:]; os.Args[1] {
+		case WorkerArg:
+			os.Exit(Worker(args, os.Stdin, os.Stdout))
+		case fakeWorkerArg:
+			table := maps.Clone(experiments)
+			fakes[args[0]](table)
+			os.Exit(serve(os.Stdin, os.Stdout, table))
+		case runArg:
+			_, err := Run(context.Background(), Env{CgroupRoot: args[0], workerArgs: args[1:]})
+			if errors.Is(err, ErrPrivilege) {
+				fmt.Println("privilege")
+			}
+			fmt.Println(err)
+			os.Exit(0)
+		}
+	}
+	os.Exit(m.Run())
+}
+
+// fakes are kernels and workers that behave in ways that this kernel does not.
+var fakes = map[string]func(map[string]experiment){
+	"hang": func(table map[string]experiment) {
+		for name := range table {
+			table[name] = hang
+		}
+	},
+	"crash": func(table map[string]experiment) {
+		table[expWake] = func(lab) (finding, error) {
+			fmt.Fprintln(os.Stderr, "out of luck\nand more")
+			os.Exit(3)
+			return finding{}, nil
+		}
+	},
+	"fails": func(table map[string]experiment) {
+		table[expWake] = func(lab) (finding, error) { return finding{}, errors.New("no sockets left") }
+	},
+	"not enrolled": func(table map[string]experiment) {
+		table[expExchange] = func(lab) (finding, error) { return finding{Connections: 1}, nil }
+	},
+	"not redirected": func(table map[string]experiment) {
+		table[expExchange] = after(exchange, func(f *finding) { f.Sent++ })
+	},
+	"by TCP": func(table map[string]experiment) {
+		table[expExchange] = after(exchange, func(f *finding) { f.ByTCP++ })
+	},
+	"loses": func(table map[string]experiment) {
+		table[expExchange] = after(exchange, func(f *finding) { f.Fault = "bytes arrived wrong" })
+	},
+	"disorders": func(table map[string]experiment) {
+		table[expShuffle] = after(shuffle, func(f *finding) { f.Fault = "bytes arrived wrong" })
+	},
+	"one mode": func(table map[string]experiment) {
+		table[expShuffle] = func(l lab) (finding, error) {
+			// Less than the limit, so nothing goes by TCP.
+			var f finding
+			client, server, err := l.connect(overIPv4())
+			if err != nil {
+				return f, err
+			}
+			defer client.close()
+			defer server.close()
+			f.Connections, f.Sent = 1, 1
+			return f, l.send(client, []byte{1})
+		}
+	},
+	"uncharged": func(table map[string]experiment) {
+		table[expFlood] = after(flood, func(f *finding) { f.Charged = 0 })
+	},
+	"not stopped": func(table map[string]experiment) {
+		table[expFlood] = after(flood, func(f *finding) { f.Stopped = false })
+	},
+	"not released": func(table map[string]experiment) {
+		table[expFlood] = after(flood, func(f *finding) { f.Released = false })
+	},
+	"counts nothing": func(table map[string]experiment) {
+		table[expWaiting] = after(countWaiting, func(f *finding) { f.Counted = 0 })
+	},
+	"counts redirected": func(table map[string]experiment) {
+		table[expWaiting] = after(countWaiting, func(f *finding) { f.Counted = f.Waiting - int(f.ByTCP) })
+	},
+	"counts all": func(table map[string]experiment) {
+		table[expWaiting] = after(countWaiting, func(f *finding) { f.Counted = f.Waiting })
+	},
+	"sleeps on": func(table map[string]experiment) {
+		table[expWake] = after(wake, func(f *finding) { f.Fault = "edge-triggered epoll does not report the first bytes" })
+	},
+}
+
+func init() {
+	for _, name := range []string{expExchange, expShuffle, expWaiting, expFlood, expWake} {
+		fakes["hang "+name] = func(table map[string]experiment) { table[name] = hang }
+	}
+}
+
+func hang(lab) (finding, error) {
+	for {
+		_ = unix.Pause()
+	}
+}
+
+func after(e experiment, change func(*finding)) experiment {
+	return func(l lab) (finding, error) {
+		f, err := e(l)
+		change(&f)
+		return f, err
+	}
+}
+
+// cgroupRoot makes a cgroup that stands for the cgroup2 mount; nothing may be
+// left in it.
+func cgroupRoot(t *testing.T) string {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("needs root: probing loads BPF programs and makes cgroups")
+	}
+	for _, mount := range []string{"/sys/fs/cgroup", "/sys/fs/cgroup/unified"} {
+		var st unix.Statfs_t
+		if unix.Statfs(mount, &st) != nil || int64(st.Type) != unix.CGROUP2_SUPER_MAGIC {
+			continue
+		}
+		name := strings.NewReplacer("/", "-", " ", "-").Replace(t.Name())
+		root := filepath.Join(mount, fmt.Sprintf("skipstack-verdict-test-%d-%s", os.Getpid(), name))
+		if err := os.Mkdir(root, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() {
+			if left := children(t, root); len(left) > 0 {
+				t.Errorf("left behind: %q", left)
+				for _, dir := range left {
+					_ = os.Remove(dir)
+				}
+			}
+			if err := os.Remove(root); err != nil {
+				t.Error(err)
+			}
+		})
+		return root
+	}
+	t.Skip("needs a cgroup2 mount at /sys/fs/cgroup or /sys/fs/cgroup/unified")
+	return ""
+}
+
+func children(t *testing.T, root string) []string {
+	t.Helper()
+	entries, err := os.ReadDir(root)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var dirs []string
+	for _, e := range entries {
+		if e.IsDir() {
+			dirs = append(dirs, filepath.Join(root, e.Name()))
+		}
+	}
+	return dirs
+}
+
+// gone tells if the process has ended, whether or not its parent knows.
+func gone(pid int) bool {
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	_, rest, _ := strings.Cut(string(stat), ") ")
+	return err != nil || strings.HasPrefix(rest, "Z")
+}

@@ -1,0 +1,393 @@
+package verdict
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/skipstack/skipstack/plugin/datapath"
+)
+
+func (v *Verdict) probe(name string) Probe {
+	for _, p := range v.Probes {
+		if p.Name == name {
+			return p
+		}
+	}
+	return Probe{}
+}
+
+// thisKernel is what must be found out about a kernel.
+type thisKernel struct {
+	release string // prefix of uname -r
+	results map[string]Result
+	funnel  bool
+	risks   datapath.Risk
+}
+
+// kernels are those of the machines that the tests run on.
+var kernels = []thisKernel{
+	{
+		// FIONREAD counts redirected bytes, but no longer those of TCP.
+		release: "6.18.44-",
+		results: map[string]Result{
+			ProbeLoad: OK, ProbeRedirect: OK, ProbeOrder: OK, ProbeCharged: OK,
+			ProbeFIONREAD: OK, ProbeEpoll: OK, ProbeSplice: NotOK, ProbeMPTCP: OK,
+		},
+		funnel: true,
+		risks:  datapath.RiskSplice,
+	},
+	{
+		// FIONREAD counts only bytes of TCP.
+		release: "6.1.",
+		results: map[string]Result{
+			ProbeLoad: OK, ProbeRedirect: OK, ProbeOrder: OK,
+			ProbeFIONREAD: NotOK, ProbeEpoll: OK, ProbeSplice: NotOK, ProbeMPTCP: NotOK,
+		},
+		risks: datapath.RiskSplice | datapath.RiskFIONREAD,
+	},
+	{
+		// Any other that is supported.
+		results: map[string]Result{
+			ProbeLoad: OK, ProbeRedirect: OK, ProbeOrder: OK, ProbeEpoll: OK, ProbeSplice: NotOK,
+		},
+	},
+}
+
+func TestRun(t *testing.T) {
+	root := cgroupRoot(t)
+	start := time.Now()
+	v, err := Run(context.Background(), Env{CgroupRoot: root})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("%s in %v: %s, funnel %v", v.Kernel, time.Since(start).Round(time.Millisecond), v, v.Funnel)
+	for _, p := range v.Probes {
+		t.Logf("%s: %s: %s", p.Name, p.Result, p.Detail)
+		if p.Detail == "" || strings.Contains(p.Detail, "\n") {
+			t.Errorf("%s: the detail is not one line", p.Name)
+		}
+	}
+	for _, k := range kernels {
+		if !strings.HasPrefix(v.Kernel, k.release) {
+			continue
+		}
+		for name, want := range k.results {
+			if p := v.probe(name); p.Result != want {
+				t.Errorf("%s is %q, must be %q", name, p.Result, want)
+			}
+		}
+		if v.Level != Risky {
+			t.Errorf("%s, must be risky", v.Level)
+		}
+		if k.release != "" && (v.Funnel != k.funnel || v.Risks&^datapath.RiskUncharged != k.risks) {
+			t.Errorf("funnel %v, risks %q; must be %v, %q", v.Funnel, v.Risks, k.funnel, k.risks)
+		}
+		break
+	}
+	dir := t.TempDir()
+	if err := v.Save(dir); err != nil {
+		t.Fatal(err)
+	}
+	got, err := Cached(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Equal(encoded(t, got), encoded(t, v)) {
+		t.Errorf("%s is kept as %s", encoded(t, v), encoded(t, got))
+	}
+}
+
+func TestRunTwiceAtOnce(t *testing.T) {
+	root := cgroupRoot(t)
+	var verdicts [2]*Verdict
+	var wg sync.WaitGroup
+	for i := range verdicts {
+		wg.Go(func() {
+			var err error
+			if verdicts[i], err = Run(context.Background(), Env{CgroupRoot: root}); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+	a, b := verdicts[0], verdicts[1]
+	if a == nil || b == nil {
+		return
+	}
+	if a.String() != b.String() || a.Funnel != b.Funnel || a.Level != Risky {
+		t.Errorf("%s, %v and %s, %v", encoded(t, a), a.Funnel, encoded(t, b), b.Funnel)
+	}
+}
+
+// TestJudge lets the kernel, or the worker, misbehave.
+func TestJudge(t *testing.T) {
+	splice := datapath.RiskSplice
+	for fake, tc := range map[string]struct {
+		probe  string
+		result Result
+		detail string
+		level  Level
+		risks  datapath.Risk
+	}{
+		"loses":          {ProbeRedirect, NotOK, "corrupt data", Unsupported, splice},
+		"not redirected": {ProbeRedirect, NotOK, "nothing to gain", Unsupported, splice},
+		"by TCP":         {ProbeRedirect, NotOK, "nothing to gain", Unsupported, splice},
+		"not enrolled":   {ProbeRedirect, CouldNotTell, "0 of 1 connections were enrolled", Unsupported, splice},
+		"disorders":      {ProbeOrder, NotOK, "corrupt data", Unsupported, splice},
+		"one mode":       {ProbeOrder, CouldNotTell, "too few to tell", Unsupported, splice},
+		"uncharged":      {ProbeCharged, NotOK, "fill the node's memory", Risky, splice | datapath.RiskUncharged},
+		"not stopped":    {ProbeCharged, NotOK, "fill the node's memory", Risky, splice | datapath.RiskUncharged},
+		"not released":   {ProbeCharged, NotOK, "stall", Risky, splice | datapath.RiskUncharged},
+		"sleeps on":      {ProbeEpoll, NotOK, "would hang", Risky, splice | datapath.RiskEpoll},
+		"fails":          {ProbeEpoll, CouldNotTell, "no sockets left", Risky, splice | datapath.RiskEpoll},
+		"crash":          {ProbeEpoll, CouldNotTell, "the worker ended: out of luck", Risky, splice | datapath.RiskEpoll},
+		"counts nothing": {ProbeFIONREAD, NotOK, "does not count redirected bytes: nginx, Java and .NET readers may stall", Risky,
+			splice | datapath.RiskFIONREAD},
+		"counts redirected": {ProbeFIONREAD, NotOK, "not even with an sk_skb program", Risky, splice | datapath.RiskFIONREAD},
+		"counts all":        {ProbeFIONREAD, OK, "and bytes that came by TCP", Risky, splice},
+	} {
+		t.Run(fake, func(t *testing.T) {
+			v := runFake(t, fake)
+			p := v.probe(tc.probe)
+			if p.Result != tc.result || !strings.Contains(p.Detail, tc.detail) {
+				t.Errorf("%+v", p)
+			}
+			if v.Level != tc.level || v.Risks != tc.risks {
+				t.Errorf("%s, risks %q", v.Level, v.Risks)
+			}
+			if v.Funnel && (tc.probe == ProbeFIONREAD) {
+				t.Error("the funnel is wanted where it does not help")
+			}
+			if v.MPTCPListeners == (fake == "counts nothing") {
+				t.Errorf("MPTCP listeners: %v", v.MPTCPListeners)
+			}
+			othersOK(t, v, tc.probe)
+		})
+	}
+}
+
+func runFake(t *testing.T, fake string) *Verdict {
+	t.Helper()
+	v, err := Run(context.Background(), Env{CgroupRoot: cgroupRoot(t), workerArgs: []string{fakeWorkerArg, fake}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return v
+}
+
+// othersOK tells if only that probe, and what depends on it, is not ok.
+func othersOK(t *testing.T, v *Verdict, probe string) {
+	t.Helper()
+	for _, p := range v.Probes {
+		if p.Name != probe && p.Name != ProbeSplice && p.Result != OK && !(p.Name == ProbeMPTCP && probe == ProbeFIONREAD) {
+			t.Errorf("%+v", p)
+		}
+	}
+}
+
+func TestHangingProbe(t *testing.T) {
+	for experiment, probe := range map[string]string{
+		expExchange: ProbeRedirect,
+		expShuffle:  ProbeOrder,
+		expFlood:    ProbeCharged,
+		expWaiting:  ProbeFIONREAD,
+		expWake:     ProbeEpoll,
+	} {
+		t.Run(experiment, func(t *testing.T) {
+			v := runFake(t, "hang "+experiment)
+			if p := v.probe(probe); p.Result != CouldNotTell || !strings.Contains(p.Detail, "no answer") {
+				t.Errorf("%+v", p)
+			}
+			othersOK(t, v, probe)
+		})
+	}
+}
+
+func TestEveryProbeHangs(t *testing.T) {
+	cgroupRoot := cgroupRoot(t)
+	start := time.Now()
+	v, err := Run(context.Background(), Env{CgroupRoot: cgroupRoot, workerArgs: []string{fakeWorkerArg, "hang"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if v.Level != Unsupported || v.Funnel || v.MPTCPListeners || v.conclusive() {
+		t.Errorf("%+v", v)
+	}
+	for _, p := range v.Probes {
+		if p.Name != ProbeLoad && p.Name != ProbeSplice && p.Result != CouldNotTell {
+			t.Errorf("%+v", p)
+		}
+	}
+	// The budget, and what loading and ending processes takes on a busy machine.
+	if d := time.Since(start); d > budget+3*time.Second {
+		t.Errorf("took %v", d)
+	}
+}
+
+// waitFor waits for a condition that must come about.
+func waitFor(t *testing.T, what string, check func() bool) {
+	t.Helper()
+	for end := time.Now().Add(20 * time.Second); !check(); {
+		if time.Now().After(end) {
+			t.Fatalf("waited in vain for %s", what)
+		}
+		time.Sleep(time.Millisecond)
+	}
+}
+
+// workers lists the processes in the scratch cgroups.
+func workers(t *testing.T, root string) []int {
+	t.Helper()
+	var pids []int
+	for _, dir := range children(t, root) {
+		data, err := os.ReadFile(filepath.Join(dir, "cgroup.procs"))
+		if err != nil {
+			continue // removed meanwhile
+		}
+		for _, field := range strings.Fields(string(data)) {
+			if pid, err := strconv.Atoi(field); err == nil && pid > 0 {
+				pids = append(pids, pid)
+			}
+		}
+	}
+	return pids
+}
+
+func TestCancel(t *testing.T) {
+	for _, when := range []string{"before", "scratch cgroup", "worker"} {
+		t.Run(when, func(t *testing.T) {
+			root := cgroupRoot(t)
+			ctx, cancel := context.WithCancel(context.Background())
+			defer cancel()
+			if when == "before" {
+				cancel()
+			}
+			done := make(chan error, 1)
+			go func() {
+				v, err := Run(ctx, Env{CgroupRoot: root, workerArgs: []string{fakeWorkerArg, "hang"}})
+				if v != nil {
+					t.Errorf("a verdict: %s", v)
+				}
+				done <- err
+			}()
+			var pids []int
+			switch when {
+			case "scratch cgroup":
+				waitFor(t, when, func() bool { return len(children(t, root)) > 0 })
+			case "worker":
+				waitFor(t, when, func() bool {
+					pids = workers(t, root)
+					return len(pids) > 0
+				})
+			}
+			cancel()
+			if err := <-done; !errors.Is(err, context.Canceled) || errors.Is(err, ErrPrivilege) {
+				t.Error(err)
+			}
+			for _, pid := range pids {
+				if !gone(pid) {
+					t.Errorf("worker %d lives", pid)
+				}
+			}
+		})
+	}
+}
+
+// TestKilled kills a process that probes: its worker goes with it, and the next
+// run removes the cgroup.
+func TestKilled(t *testing.T) {
+	root := cgroupRoot(t)
+	cmd := exec.Command("/proc/self/exe", runArg, root, fakeWorkerArg, "hang")
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	var pids []int
+	waitFor(t, "the worker", func() bool {
+		pids = workers(t, root)
+		return len(pids) > 0
+	})
+	if err := cmd.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	_ = cmd.Wait()
+	waitFor(t, "the worker's end", func() bool { return gone(pids[0]) })
+	left := children(t, root)
+	if len(left) != 1 {
+		t.Fatalf("scratch cgroups: %q", left)
+	}
+	waitFor(t, "the end of all its threads", func() bool {
+		events, err := os.ReadFile(filepath.Join(left[0], "cgroup.events"))
+		return err == nil && strings.Contains(string(events), "populated 0")
+	})
+	if _, err := Run(context.Background(), Env{CgroupRoot: root}); err != nil {
+		t.Error(err)
+	}
+	if left := children(t, root); len(left) > 0 {
+		t.Errorf("left behind: %q", left)
+	}
+}
+
+func TestSweep(t *testing.T) {
+	root := cgroupRoot(t)
+	live, err := newScratch(root)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dead, foreign := filepath.Join(root, scratchPrefix+"1-dead"), filepath.Join(root, "pod")
+	for _, dir := range []string{dead, foreign} {
+		if err := os.Mkdir(dir, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := sweep(context.Background(), root); err != nil {
+		t.Error(err)
+	}
+	for dir, want := range map[string]bool{live.dir.Name(): true, dead: false, foreign: true} {
+		if _, err := os.Stat(dir); (err == nil) != want {
+			t.Errorf("%s: %v", dir, err)
+		}
+	}
+	if err := errors.Join(live.remove(), os.Remove(foreign)); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestUnprivileged: whoever may not probe learns nothing about the kernel.
+func TestUnprivileged(t *testing.T) {
+	cmd := exec.Command("/proc/self/exe", runArg, cgroupRoot(t), WorkerArg)
+	cmd.Dir = "/"
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
+	out, err := cmd.CombinedOutput()
+	if err != nil || !strings.HasPrefix(string(out), "privilege\n") {
+		t.Errorf("%v: %s", err, out)
+	}
+}
+
+func TestNoCgroup2(t *testing.T) {
+	for _, dir := range []string{t.TempDir(), "/nonexistent"} {
+		v, err := Run(context.Background(), Env{CgroupRoot: dir})
+		if v != nil || err == nil || !strings.Contains(err.Error(), dir) || errors.Is(err, ErrPrivilege) {
+			t.Errorf("%v, %v", v, err)
+		}
+	}
+}
+
+// TestNoWorker: a program that cannot be started is no fault of the kernel.
+func TestNoWorker(t *testing.T) {
+	root := cgroupRoot(t)
+	for _, exe := range []string{"/nonexistent", "/bin/false"} {
+		if v, err := Run(context.Background(), Env{CgroupRoot: root, Exe: exe}); v != nil || err == nil {
+			t.Errorf("%s: %v", exe, v)
+		}
+	}
+}

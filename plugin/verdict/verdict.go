@@ -1,0 +1,171 @@
+// Package verdict finds out how this kernel behaves towards sockets in a
+// sockhash, by trying. Version numbers say little: what matters here was broken,
+// mended and broken again in stable series.
+//
+// [Run] loads a datapath of its own, attaches it to a scratch cgroup and lets a
+// worker process, born in that cgroup and in a network namespace of its own, talk
+// to itself over loopback. No socket, program or setting of the node is touched.
+// The verdict is kept for this boot and this build ([Verdict.Save], [Cached]).
+package verdict
+
+import (
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/skipstack/skipstack/plugin/datapath"
+)
+
+// Level sums a verdict up.
+type Level string
+
+const (
+	// Safe: an application cannot tell the difference, but for what the
+	// documentation lists.
+	Safe Level = "safe"
+	// Risky: correct, but for the named risks.
+	Risky Level = "risky"
+	// Unsupported: not correct, or it could not be shown to be.
+	Unsupported Level = "unsupported"
+)
+
+// Result is the outcome of one probe.
+type Result string
+
+const (
+	OK    Result = "ok"
+	NotOK Result = "not ok"
+	// CouldNotTell counts as [NotOK].
+	CouldNotTell Result = "could not tell"
+)
+
+// Probe is one question to the kernel and its answer.
+type Probe struct {
+	Name   string `json:"name"` // one of the Probe constants
+	Result Result `json:"result"`
+	Detail string `json:"detail"` // one line: why, and what it means to users
+}
+
+// Names of the probes.
+const (
+	ProbeLoad     = "load"     // the programs load
+	ProbeRedirect = "redirect" // redirected bytes arrive
+	ProbeOrder    = "order"    // in order, when TCP and redirecting take turns
+	ProbeCharged  = "charged"  // the receiver pays for unread redirected bytes
+	ProbeFIONREAD = "fionread" // ioctl(FIONREAD) counts all waiting bytes
+	ProbeEpoll    = "epoll"    // waiting bytes wake their reader
+	ProbeSplice   = "splice"   // splice(2) is refused on accelerated sockets
+	ProbeMPTCP    = "mptcp"    // accept(2) on MPTCP listeners does not crash
+)
+
+// kinds lists the probes in the order in which they are shown, and what follows
+// from one that is not ok.
+var kinds = []struct {
+	name  string
+	fatal bool          // the kernel is unsupported
+	risk  datapath.Risk // 0: costs nothing
+}{
+	{name: ProbeLoad, fatal: true},
+	{name: ProbeRedirect, fatal: true},
+	{name: ProbeOrder, fatal: true},
+	{name: ProbeCharged, risk: datapath.RiskUncharged},
+	{name: ProbeFIONREAD, risk: datapath.RiskFIONREAD},
+	{name: ProbeEpoll, risk: datapath.RiskEpoll},
+	{name: ProbeSplice, risk: datapath.RiskSplice},
+	{name: ProbeMPTCP},
+}
+
+var (
+	// ErrNoVerdict is returned by [Cached] where this boot and build have no
+	// verdict that still holds.
+	ErrNoVerdict = errors.New("no verdict on this kernel is known")
+	// ErrPrivilege is returned by [Run] where the caller may not do what probing
+	// takes. It says nothing about the kernel.
+	ErrPrivilege = errors.New("probing needs root with CAP_BPF, CAP_NET_ADMIN, CAP_PERFMON and CAP_SYS_ADMIN")
+)
+
+// recheckAfter is how long a verdict holds in which a probe could not tell. That
+// may have been a moment's overload, but a node where it always is so must not
+// be probed by each ADD.
+const recheckAfter = 10 * time.Minute
+
+// Verdict is what is known of this kernel. As JSON it is an object with verdict,
+// risks (names) and probes, among others.
+type Verdict struct {
+	Level  Level
+	Risks  datapath.Risk
+	Funnel bool // FIONREAD needs the sk_skb verdict program
+	// MPTCPListeners tells that accept(2) on an MPTCP listener is safe when the
+	// accepted socket is in a sockhash.
+	MPTCPListeners bool
+	Probes         []Probe   // each once, in a fixed order
+	Kernel         string    // uname -r
+	BootID         string    // of the boot that was probed
+	Build          [16]byte  // of the programs that were probed, see [bpf.Build]
+	ProbedAt       time.Time // wall clock
+}
+
+// NodeSettings is the gate that the verdict asks for.
+func (v *Verdict) NodeSettings() datapath.NodeSettings {
+	return datapath.NodeSettings{
+		Open:           v.Level != Unsupported,
+		Risks:          v.Risks,
+		Funnel:         v.Funnel,
+		MPTCPListeners: v.MPTCPListeners,
+	}
+}
+
+// String is one line for people: the level, and why it is not [Safe].
+func (v *Verdict) String() string {
+	switch v.Level {
+	case Risky:
+		return fmt.Sprintf("%s: %s", v.Level, v.Risks)
+	case Unsupported:
+		for i, k := range kinds {
+			if k.fatal && v.Probes[i].Result != OK {
+				return fmt.Sprintf("%s: %s: %s", v.Level, k.name, v.Probes[i].Detail)
+			}
+		}
+	}
+	return string(v.Level)
+}
+
+// conclude fills in what follows from the probes.
+func (v *Verdict) conclude() {
+	v.Level, v.Risks, v.MPTCPListeners = Safe, 0, false
+	unsupported := false
+	for i, k := range kinds {
+		ok := v.Probes[i].Result == OK
+		if k.name == ProbeMPTCP {
+			v.MPTCPListeners = ok
+		}
+		if ok {
+			continue
+		}
+		v.Risks |= k.risk
+		unsupported = unsupported || k.fatal
+	}
+	if v.Risks != 0 {
+		v.Level = Risky
+	}
+	if unsupported {
+		v.Level = Unsupported
+	}
+}
+
+// conclusive tells if another run would come to the same level: no probe could
+// not tell, or one that is not ok decides alone.
+func (v *Verdict) conclusive() bool {
+	conclusive := true
+	for i, k := range kinds {
+		switch v.Probes[i].Result {
+		case CouldNotTell:
+			conclusive = false
+		case NotOK:
+			if k.fatal {
+				return true
+			}
+		}
+	}
+	return conclusive
+}
