@@ -1,0 +1,95 @@
+# `make help` lists the targets. V=1 shows the commands.
+MAKEFLAGS += --no-print-directory
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+GO         ?= go
+CLANG      ?= clang-19
+LLVM_STRIP ?= llvm-strip-19
+# Debian keeps asm/types.h, which linux/bpf.h includes, apart from the other headers.
+BPF_CFLAGS ?= $(addprefix -I,$(wildcard /usr/include/$(shell uname -m)-linux-gnu))
+TESTFLAGS  ?=
+
+Q := $(if $(V),,@)
+say = @printf '  %-8s %s\n' $(1) $(2)
+
+# The version is what the go command records about the checkout (a tag or the
+# commit), which git refuses to tell where the checkout belongs to somebody else.
+VCS := $(if $(shell git rev-parse --git-dir 2>&1 >/dev/null),-buildvcs=false,-buildvcs=auto)
+BUILD := CGO_ENABLED=0 $(GO) build -trimpath -ldflags='-s -w' $(VCS)
+
+CNI_PLUGINS := plugins/main/bridge plugins/main/ptp plugins/main/loopback plugins/ipam/host-local plugins/meta/portmap
+
+# Packages whose tests make private nodes, load BPF programs and measure: as root, one
+# after the other.
+INTEGRATION := ./test/... ./plugin/datapath/... ./plugin/verdict/... ./cmd/internal/bench/...
+UNIT = $(filter-out $(shell $(GO) list $(INTEGRATION)),$(shell $(GO) list ./...))
+
+.PHONY: help
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: build
+build: ## Build bin/skipstack, static
+	$(call say,BUILD,bin/skipstack)
+	$(Q)$(BUILD) -o bin/skipstack ./cmd/skipstack
+
+.PHONY: plugins
+plugins: bin/cni/.built ## Build the upstream CNI plugins in bin/cni, for the demo and the tests
+
+bin/cni/.built: go.mod go.sum
+	$(call say,BUILD,'bin/cni (half a minute the first time)')
+	$(Q)mkdir -p bin/cni
+	$(Q)$(BUILD) -o bin/cni/ $(addprefix github.com/containernetworking/plugins/,$(CNI_PLUGINS))
+	$(Q)touch $@
+
+.PHONY: demo
+demo: build plugins ## As root: two pods in a private node, plain against accelerated, with proof
+	$(Q)bin/skipstack bench --quick --cni-path bin/cni
+
+.PHONY: test
+test: test-unit test-integration ## Run all tests; as root nothing is skipped for want of privileges
+
+.PHONY: test-unit
+test-unit: ## Run the tests that need no root
+	$(call say,TEST,unit)
+	$(Q)$(GO) test $(TESTFLAGS) $(UNIT)
+
+.PHONY: test-integration
+test-integration: ## Run the tests that need root, each package in a private node of its own
+	$(call say,TEST,integration)
+	$(Q)$(GO) test -p 1 $(TESTFLAGS) $(INTEGRATION)
+
+.PHONY: generate
+generate: clang ## Rebuild the BPF object and its Go types (CLANG=clang-19)
+	$(call say,GENERATE,bpf)
+	$(Q)CLANG=$(CLANG) LLVM_STRIP=$(LLVM_STRIP) BPF_CFLAGS='$(BPF_CFLAGS)' $(GO) generate ./bpf
+
+.PHONY: check-generated
+check-generated: clang ## Fail if the committed BPF object is not what its source gives
+	$(call say,CHECK,bpf)
+	$(Q)rm -rf .cache/generated && mkdir -p .cache/generated
+	$(Q)cp bpf/*.c bpf/*.h bpf/generate.go .cache/generated/
+	$(Q)CLANG=$(CLANG) LLVM_STRIP=$(LLVM_STRIP) BPF_CFLAGS='$(BPF_CFLAGS)' $(GO) generate ./.cache/generated
+	$(Q)for f in bpf/*_bpfel.*; do \
+		cmp "$$f" ".cache/generated/$${f#bpf/}" || { echo "$$f is out of date: run make generate"; exit 1; }; \
+	done
+
+# The compiler's packages, where apt has them. Elsewhere: clang and llvm-strip of
+# LLVM 19, and libbpf's headers.
+.PHONY: clang
+clang:
+	$(Q)command -v $(CLANG) >/dev/null && command -v $(LLVM_STRIP) >/dev/null && [ -e /usr/include/bpf/bpf_helpers.h ] || \
+		{ apt-get -qq update && apt-get -qq install -y --no-install-recommends clang-19 llvm-19 libbpf-dev >/dev/null; }
+
+.PHONY: lint
+lint: ## Run gofmt and go vet
+	$(call say,LINT,.)
+	$(Q)unformatted=$$(gofmt -l $$(find . -name '*.go' -not -path './.cache/*')); \
+		[ -z "$$unformatted" ] || { echo "gofmt would change:"; echo "$$unformatted"; exit 1; }
+	$(Q)$(GO) vet ./...
+
+.PHONY: clean
+clean: ## Remove what was built
+	$(call say,CLEAN,'bin .cache')
+	$(Q)rm -rf bin .cache

@@ -1,0 +1,181 @@
+package bench
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/netip"
+	"os"
+	"os/exec"
+	"time"
+)
+
+// A role says what a worker is for and where it lives: in which pod, and whether in the
+// pod's cgroup or outside it. Nothing else differs between plain and
+// accelerated workers.
+type role struct {
+	side        side
+	pod         podName
+	accelerated bool
+}
+
+type (
+	side    string
+	podName string
+)
+
+const (
+	clientSide side = "client"
+	serverSide side = "server"
+
+	clientPod podName = "client"
+	serverPod podName = "server"
+)
+
+func (r role) String() string {
+	kind := "plain"
+	if r.accelerated {
+		kind = "accelerated"
+	}
+	return fmt.Sprintf("%s in pod %s (%s)", r.side, r.pod, kind)
+}
+
+// A remote is a worker process seen from the bench.
+type remote struct {
+	role   role
+	orders *json.Encoder
+	in     *os.File
+	out    *os.File
+	reply  *json.Decoder
+	wait   func() error
+}
+
+// newRemote starts a worker by start, which gets the command with its streams set.
+func newRemote(r role, cmd *exec.Cmd, start func(*exec.Cmd) (wait func() error, err error)) (*remote, error) {
+	ordersRead, ordersWrite, err := os.Pipe()
+	if err != nil {
+		return nil, fmt.Errorf("start a worker: %w", err)
+	}
+	defer ordersRead.Close()
+	replyRead, replyWrite, err := os.Pipe()
+	if err != nil {
+		ordersWrite.Close()
+		return nil, fmt.Errorf("start a worker: %w", err)
+	}
+	defer replyWrite.Close()
+	cmd.Stdin, cmd.Stdout = ordersRead, replyWrite
+	wait, err := start(cmd)
+	if err != nil {
+		ordersWrite.Close()
+		replyRead.Close()
+		return nil, err
+	}
+	return &remote{r, json.NewEncoder(ordersWrite), ordersWrite, replyRead, json.NewDecoder(replyRead), wait}, nil
+}
+
+func (r *remote) send(o order) error {
+	if err := r.orders.Encode(o); err != nil {
+		return fmt.Errorf("worker %s: %w", r.role, err)
+	}
+	return nil
+}
+
+// receive waits for a reply until ctx is done.
+func (r *remote) receive(ctx context.Context) (reply, error) {
+	stop := context.AfterFunc(ctx, func() { _ = r.out.SetReadDeadline(time.Unix(1, 0)) })
+	defer stop()
+	var answer reply
+	switch err := r.reply.Decode(&answer); {
+	case ctx.Err() != nil:
+		return reply{}, fmt.Errorf("worker %s: no reply: %w", r.role, context.Cause(ctx))
+	case errors.Is(err, io.EOF):
+		return reply{}, fmt.Errorf("worker %s ended: %w", r.role, errors.Join(r.wait(), errors.New("no reply")))
+	case err != nil:
+		return reply{}, fmt.Errorf("worker %s: %w", r.role, err)
+	case answer.Error != "":
+		return reply{}, fmt.Errorf("worker %s: %s", r.role, answer.Error)
+	}
+	return answer, nil
+}
+
+// close tells the worker to end; its pod waits for it.
+func (r *remote) close() error { return errors.Join(r.in.Close(), r.out.Close()) }
+
+// A measured is what both sides of one run did.
+type measured struct{ client, server tally }
+
+// payload is the application's bytes, both directions, warm-up included.
+func (m measured) payload() uint64 { return m.client.Sent + m.server.Sent }
+
+// byTCP is how many of them went by TCP. Where only some connections were asked, it
+// is scaled up.
+func (m measured) byTCP() uint64 { return scale(m.client) + scale(m.server) }
+
+func scale(t tally) uint64 {
+	if t.Asked == 0 || t.Asked == t.Sent {
+		return t.TCPSent
+	}
+	return uint64(float64(t.TCPSent) * float64(t.Sent) / float64(t.Asked))
+}
+
+// rate is transactions or bytes per second.
+func (m measured) rate(test Test) float64 {
+	n := m.client.Transactions
+	if test == Stream {
+		n = m.server.Read
+	}
+	if elapsed := m.elapsed(test); elapsed > 0 {
+		return float64(n) / elapsed.Seconds()
+	}
+	return 0
+}
+
+// elapsed is the time in which what makes the rate was counted.
+func (m measured) elapsed(test Test) time.Duration {
+	if test == Stream {
+		return time.Duration(m.server.Elapsed)
+	}
+	return time.Duration(m.client.Elapsed)
+}
+
+// A placed is a CPU for each side.
+type placed struct{ client, server int }
+
+// runTimeout is how long a run may take longer than it was told to.
+const runTimeout = 10 * time.Second
+
+// run lets two workers do one run of a point; the order says which.
+func run(ctx context.Context, client, server *remote, o order, cpus placed, target netip.Addr) (m measured, err error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, o.WarmUp+o.Length+runTimeout, errors.New("the run does not end"))
+	defer cancel()
+	o.Verb, o.CPU, o.Address = listen, cpus.server, netip.IPv4Unspecified()
+	if target.Is6() {
+		o.Address = netip.IPv6Unspecified()
+	}
+	if err := server.send(o); err != nil {
+		return m, err
+	}
+	listening, err := server.receive(ctx)
+	if err != nil {
+		return m, err
+	}
+	o.Verb = serve
+	if err := server.send(o); err != nil {
+		return m, err
+	}
+	o.Verb, o.CPU, o.Server = drive, cpus.client, netip.AddrPortFrom(target, listening.Port)
+	if err := client.send(o); err != nil {
+		return m, err
+	}
+	driven, err := client.receive(ctx)
+	if err != nil {
+		return m, err
+	}
+	if err := server.send(order{Verb: stop}); err != nil {
+		return m, err
+	}
+	served, err := server.receive(ctx)
+	return measured{driven.Tally, served.Tally}, err
+}

@@ -1,0 +1,350 @@
+package bench
+
+import (
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net/netip"
+	"sync/atomic"
+	"time"
+)
+
+const (
+	// streamBuffer is what a stream's reader offers to each recv, as netperf does by
+	// default (its receive size is the default SO_RCVBUF).
+	streamBuffer = 128 << 10
+	// tcpInfoEvery is which connections of a crr run are asked for TCP_INFO:
+	// asking each one would add a system call to what is measured.
+	tcpInfoEvery = 16
+)
+
+// streamSlack is how much longer than its own window a stream's client sends: the
+// server's window begins when it has accepted the connection.
+const streamSlack = 10 * time.Millisecond
+
+// A window is when a run counts. Each side has its own, from its first connection on.
+type window struct{ from, until time.Duration }
+
+// A tally is what one side of a run did.
+type tally struct {
+	// In the window.
+	Transactions uint64     `json:"transactions"` // client of rr and crr
+	Read         uint64     `json:"read"`         // bytes; server of a stream
+	Elapsed      int64      `json:"elapsed_ns"`   // from the first to the last thing counted
+	CPU          int64      `json:"cpu_ns"`       // of the generator's thread
+	Latency      *histogram `json:"latency,omitempty"`
+
+	// In the whole run, warm-up included.
+	Sent     uint64 `json:"sent"`     // payload bytes
+	Received uint64 `json:"received"` // payload bytes
+	TCPSent  uint64 `json:"tcp_sent"` // payload bytes that went by TCP
+	Asked    uint64 `json:"asked"`    // payload bytes sent by the connections that TCPSent covers
+	Conns    uint64 `json:"conns"`
+	Again    uint64 `json:"again"` // EAGAIN from blocking sockets
+}
+
+// add adds a connection that is about to be closed.
+func (t *tally) add(s *socket, askTCP bool) error {
+	t.Sent += s.sent
+	t.Received += s.received
+	t.Again += s.again
+	t.Conns++
+	if askTCP {
+		sent, err := s.tcpSent()
+		if err != nil {
+			return err
+		}
+		t.TCPSent += sent
+		t.Asked += s.sent
+	}
+	return nil
+}
+
+// A generator runs one side of one point on a locked thread.
+type generator struct {
+	point       Point
+	nonBlocking bool
+	verify      bool // the verification pass instead of the point's test
+	warmUp      time.Duration
+	length      time.Duration
+	opened      chan<- window // gets the window when it is known; has room for it
+	tally       tally
+
+	base    time.Time
+	window  window
+	started time.Duration // when the first thing was counted
+}
+
+// now reads the clock, by the vDSO and not by a system call.
+func (g *generator) now() time.Duration { return time.Since(g.base) }
+
+// open fixes the window when the first connection is there.
+func (g *generator) open() {
+	if g.window.until == 0 {
+		from := g.now() + g.warmUp
+		g.window = window{from, from + g.length}
+		g.opened <- g.window
+	}
+}
+
+// client runs the client's side against a server.
+func (g *generator) client(server netip.AddrPort) error {
+	if g.point.Test == ConnectRequestResponse && !g.verify {
+		return g.connectRequestResponse(server)
+	}
+	s, err := g.connect(server)
+	if err != nil {
+		return err
+	}
+	defer s.close()
+	switch {
+	case g.verify:
+		err = verify(s, true)
+	case g.point.Test == Stream:
+		err = g.streamOut(s)
+	default:
+		err = g.requestResponse(s)
+	}
+	if err == nil {
+		err = g.finish(s)
+	}
+	return errors.Join(err, g.tally.add(s, true))
+}
+
+func (g *generator) connect(server netip.AddrPort) (*socket, error) {
+	s, err := newSocket(server.Addr().Is6(), g.nonBlocking)
+	if err != nil {
+		return nil, err
+	}
+	if g.point.NoDelay {
+		err = s.setNoDelay()
+	}
+	if err == nil {
+		err = s.connect(sockaddr(server))
+	}
+	if err != nil {
+		s.close()
+		return nil, err
+	}
+	g.open()
+	return s, nil
+}
+
+// finish ends the connection in order: after it, the server has read everything.
+func (g *generator) finish(s *socket) error {
+	if err := s.shutdownWrite(); err != nil {
+		return err
+	}
+	switch n, err := s.recv(make([]byte, 1)); {
+	case err != nil:
+		return err
+	case n > 0:
+		return errors.New("the server sent more than it was asked for")
+	}
+	return nil
+}
+
+// transaction counts one transaction of the client; more is false after the window.
+func (g *generator) transaction(before, now time.Duration) (more bool) {
+	switch {
+	case g.started != 0:
+		if now > g.window.until {
+			return false
+		}
+		g.tally.Transactions++
+		g.tally.Latency.add(int64(now - before))
+		g.tally.Elapsed = int64(now - g.started)
+	case now >= g.window.from:
+		g.started = now
+	}
+	return true
+}
+
+func (g *generator) requestResponse(s *socket) error {
+	request, response := make([]byte, g.point.RequestBytes), make([]byte, g.point.ResponseBytes)
+	g.tally.Latency = newHistogram()
+	for before := g.now(); ; {
+		if err := s.send(request); err != nil {
+			return err
+		}
+		if ok, err := s.recvFull(response); err != nil || !ok {
+			return errors.Join(errors.New("no response"), err)
+		}
+		now := g.now()
+		if !g.transaction(before, now) {
+			return nil
+		}
+		before = now
+	}
+}
+
+func (g *generator) connectRequestResponse(server netip.AddrPort) error {
+	request, response := make([]byte, g.point.RequestBytes), make([]byte, g.point.ResponseBytes)
+	g.tally.Latency = newHistogram()
+	for before := g.now(); ; {
+		s, err := g.connect(server)
+		if err != nil {
+			return err
+		}
+		if err := s.send(request); err != nil {
+			s.close()
+			return err
+		}
+		if ok, err := s.recvFull(response); err != nil || !ok {
+			s.close()
+			return errors.Join(errors.New("no response"), err)
+		}
+		if err := g.tally.add(s, g.tally.Conns%tcpInfoEvery == 0); err != nil {
+			s.close()
+			return err
+		}
+		s.close()
+		now := g.now()
+		if !g.transaction(before, now) {
+			return nil
+		}
+		before = now
+	}
+}
+
+// streamOut sends until the window is over. The server counts what arrives.
+func (g *generator) streamOut(s *socket) error {
+	message := make([]byte, g.point.RequestBytes)
+	var over atomic.Bool
+	timer := time.AfterFunc(g.warmUp+g.length+streamSlack, func() { over.Store(true) })
+	defer timer.Stop()
+	for !over.Load() {
+		if err := s.send(message); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// server serves connections one after the other until the listener is shut down.
+func (g *generator) server(l *socket) error {
+	serve := g.respond
+	switch {
+	case g.verify:
+		serve = func(s *socket) error { return verify(s, false) }
+	case g.point.Test == Stream:
+		serve = g.streamIn
+	}
+	for {
+		s, err := l.accept()
+		if errors.Is(err, errStopped) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		g.open()
+		err = errors.Join(serve(s), g.tally.add(s, g.point.Test != ConnectRequestResponse || g.tally.Conns%tcpInfoEvery == 0))
+		s.close()
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// respond answers requests until the client has ended the stream.
+func (g *generator) respond(s *socket) error {
+	request, response := make([]byte, g.point.RequestBytes), make([]byte, g.point.ResponseBytes)
+	for {
+		ok, err := s.recvFull(request)
+		if err != nil || !ok {
+			return err
+		}
+		if err := s.send(response); err != nil {
+			return err
+		}
+	}
+}
+
+// streamIn reads to the end of the stream and counts what it read in the window.
+func (g *generator) streamIn(s *socket) error {
+	buf := make([]byte, streamBuffer)
+	for {
+		n, err := s.recv(buf)
+		if err != nil {
+			return err
+		}
+		now := g.now()
+		switch {
+		case now > g.window.until:
+		case g.started != 0:
+			g.tally.Read += uint64(n)
+			g.tally.Elapsed = int64(now - g.started)
+		case now >= g.window.from:
+			g.started = now
+		}
+		if n == 0 {
+			return nil
+		}
+	}
+}
+
+// The verification pass: the client sends messages of random sizes with content that
+// depends on the position in the stream, the server checks every byte and sends as
+// many back, which the client checks.
+const (
+	verifyMessages = 200
+	verifyLargest  = 1 << 20
+)
+
+func verifySizes() []int {
+	r := rand.New(rand.NewPCG(1, 2))
+	sizes := make([]int, verifyMessages)
+	for i := range sizes {
+		sizes[i] = 1 + r.IntN(verifyLargest>>r.IntN(20))
+	}
+	return sizes
+}
+
+// fill writes the bytes of a stream from position at on.
+func fill(buf []byte, seed, at uint64) {
+	for i := range buf {
+		p := at + uint64(i)
+		word := (p>>3 + seed) * 0x9e3779b97f4a7c15
+		buf[i] = byte(word >> (8 * (p & 7)))
+	}
+}
+
+// verify checks one side; first says who sends first.
+func verify(s *socket, first bool) error {
+	out, in := make([]byte, verifyLargest), make([]byte, verifyLargest)
+	want := make([]byte, verifyLargest)
+	own, peer := uint64(1), uint64(2)
+	if !first {
+		own, peer = peer, own
+	}
+	for _, n := range verifySizes() {
+		send := func() error {
+			fill(out[:n], own, s.sent)
+			return s.send(out[:n])
+		}
+		receive := func() error {
+			fill(want[:n], peer, s.received)
+			at := s.received
+			if ok, err := s.recvFull(in[:n]); err != nil || !ok {
+				return errors.Join(fmt.Errorf("no message at byte %d", at), err)
+			}
+			for i := range n {
+				if in[i] != want[i] {
+					return fmt.Errorf("byte %d is %#x, not %#x", at+uint64(i), in[i], want[i])
+				}
+			}
+			return nil
+		}
+		steps := []func() error{send, receive}
+		if !first {
+			steps[0], steps[1] = receive, send
+		}
+		for _, step := range steps {
+			if err := step(); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}

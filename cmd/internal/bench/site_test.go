@@ -1,0 +1,296 @@
+package bench
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/skipstack/skipstack/plugin/datapath"
+	"github.com/skipstack/skipstack/test/node"
+)
+
+func TestMain(m *testing.M) {
+	os.Exit(node.Main(m, node.MainOptions{
+		Workers: map[string]node.Worker{
+			"bench": func([]string) int { return runWorker(os.Stdin, os.Stdout, os.Stderr) },
+			"wrong": wrongWorker,
+		},
+		Build: []string{"github.com/skipstack/skipstack/cmd/skipstack"},
+		Tools: requiredPlugins,
+	}))
+}
+
+// wrongWorker is a server that answers the verification pass with zeroes.
+func wrongWorker([]string) int {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return 1
+	}
+	out := json.NewEncoder(os.Stdout)
+	_ = out.Encode(reply{Port: uint16(l.Addr().(*net.TCPAddr).Port)})
+	c, err := l.Accept()
+	if err != nil {
+		return 1
+	}
+	for _, n := range verifySizes() {
+		if _, err := io.CopyN(io.Discard, c, int64(n)); err != nil {
+			return 1
+		}
+		if _, err := c.Write(make([]byte, n)); err != nil {
+			return 1
+		}
+	}
+	_, _ = io.Copy(io.Discard, os.Stdin)
+	return 0
+}
+
+// localSite has plain workers only, on the loopback of the test: no pods, no root.
+type localSite struct {
+	t       *testing.T
+	server  string // worker of the server's side
+	addr    netip.Addr
+	workers map[role]*remote
+	started []*exec.Cmd
+	order   []bool // accelerated or not, run by run
+}
+
+func newLocalSite(t *testing.T) *localSite {
+	return &localSite{t: t, server: "bench", addr: netip.MustParseAddr("127.0.0.1"), workers: map[role]*remote{}}
+}
+
+func (s *localSite) worker(r role) (*remote, error) {
+	if r.side == clientSide {
+		s.order = append(s.order, r.accelerated)
+	}
+	if w := s.workers[r]; w != nil {
+		return w, nil
+	}
+	name := "bench"
+	if r.side == serverSide {
+		name = s.server
+	}
+	cmd := node.WorkerCommand(name)
+	cmd.Env = workerEnv(cmd.Env)
+	w, err := newRemote(r, cmd, func(cmd *exec.Cmd) (func() error, error) { return cmd.Wait, cmd.Start() })
+	if err != nil {
+		return nil, err
+	}
+	s.workers[r], s.started = w, append(s.started, cmd)
+	s.t.Cleanup(func() {
+		_ = w.close()
+		_ = cmd.Process.Kill()
+		_ = w.wait()
+	})
+	return w, nil
+}
+
+func (s *localSite) target(Path) (netip.Addr, error)      { return s.addr, nil }
+func (s *localSite) counters() (datapath.Counters, error) { return datapath.Counters{}, nil }
+func (s *localSite) facts() Facts                         { return Facts{} }
+
+func testRunner(t *testing.T, s site) *runner {
+	t.Helper()
+	cpus, err := allowedCPUs()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &runner{site: s, cpus: cpus, log: io.Discard, parameters: Parameters{Repeats: 5, WarmUp: time.Millisecond, Length: 20 * time.Millisecond}}
+}
+
+func point(test Test, request, response int) Point {
+	return Point{Test: test, Path: PodIP, Placement: SameCPU, RequestBytes: request, ResponseBytes: response, NoDelay: true, Connections: 1}
+}
+
+func TestGenerators(t *testing.T) {
+	for _, nonBlocking := range []bool{false, true} {
+		for _, p := range []Point{
+			point(RequestResponse, 64, 64), point(RequestResponse, 1, 300000), point(Stream, 1, 0), point(Stream, 1<<20, 0), point(ConnectRequestResponse, 64, 1000),
+		} {
+			t.Run(fmt.Sprintf("%s nonblocking %v", p, nonBlocking), func(t *testing.T) {
+				r := testRunner(t, newLocalSite(t))
+				r.parameters.NonBlocking = nonBlocking
+				m, _, err := r.run(t.Context(), p, false, false)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if m.client.Sent != m.server.Received || m.server.Sent != m.client.Received || m.payload() == 0 {
+					t.Errorf("bytes do not match: client %+v, server %+v", m.client, m.server)
+				}
+				if m.client.Conns != m.server.Conns || (m.client.Conns == 1) == (p.Test == ConnectRequestResponse) {
+					t.Errorf("connections: client %d, server %d", m.client.Conns, m.server.Conns)
+				}
+				if part := float64(m.byTCP()) / float64(m.payload()); part < 0.999 || part > 1.001 {
+					t.Errorf("%d of %d bytes went by TCP, though nothing else could carry them", m.byTCP(), m.payload())
+				}
+				if m.rate(p.Test) <= 0 || m.client.CPU+m.server.CPU <= 0 {
+					t.Errorf("rate %v, CPU %d and %d ns", m.rate(p.Test), m.client.CPU, m.server.CPU)
+				}
+				if n := m.client.Transactions; p.Test != Stream {
+					if want := uint64(p.RequestBytes) * n; n == 0 || m.client.Sent < want {
+						t.Errorf("%d transactions, %d bytes sent", n, m.client.Sent)
+					}
+					if q := time.Duration(m.client.Latency.quantile(0.5)); q <= 0 || q > r.parameters.Length {
+						t.Errorf("median latency %v", q)
+					}
+				} else if m.server.Read == 0 || m.server.Read > m.server.Received {
+					t.Errorf("%d bytes counted, %d received", m.server.Read, m.server.Received)
+				}
+			})
+		}
+	}
+}
+
+func TestRunsAlternate(t *testing.T) {
+	s := newLocalSite(t)
+	result, err := testRunner(t, s).measure(t.Context(), point(RequestResponse, 64, 64))
+	if err != nil {
+		t.Fatal(err)
+	}
+	// Plain, accelerated, accelerated, plain, and so on; a run may have been repeated.
+	if got, want := slices.Compact(s.order), []bool{false, true, false, true, false, true}; !slices.Equal(got, want) {
+		t.Errorf("order of runs %v", s.order)
+	}
+	if result.Repeats != 5 || len(result.Speedups) != 5 || result.Speedup <= 0 {
+		t.Errorf("%+v", result)
+	}
+	if result.Proof != Failed || !strings.Contains(result.Reason, "0 were redirected") {
+		t.Errorf("without a datapath, the proof is %s: %s", result.Proof, result.Reason)
+	}
+}
+
+func TestVerificationFindsWrongBytes(t *testing.T) {
+	good := testRunner(t, newLocalSite(t))
+	if m, _, err := good.run(t.Context(), point(RequestResponse, 0, 0), false, true); err != nil || m.payload() < 1<<20 {
+		t.Errorf("right bytes: %v, %d bytes", err, m.payload())
+	}
+	s := newLocalSite(t)
+	s.server = "wrong"
+	_, _, err := testRunner(t, s).run(t.Context(), point(RequestResponse, 0, 0), false, true)
+	if err == nil || !strings.Contains(err.Error(), "byte 0 is 0x0, not") {
+		t.Errorf("wrong bytes: %v", err)
+	}
+}
+
+func TestKilledWorkerEndsTheRun(t *testing.T) {
+	for _, victim := range []int{0, 1} {
+		s := newLocalSite(t)
+		r := testRunner(t, s)
+		if _, _, err := r.run(t.Context(), point(RequestResponse, 64, 64), false, false); err != nil {
+			t.Fatal(err)
+		}
+		r.parameters.Length = time.Minute
+		time.AfterFunc(20*time.Millisecond, func() { _ = s.started[victim].Process.Kill() })
+		start := time.Now()
+		_, _, err := r.run(t.Context(), point(RequestResponse, 64, 64), false, false)
+		if err == nil || !strings.Contains(err.Error(), "worker ") || time.Since(start) > 10*time.Second {
+			t.Errorf("worker %d killed: %v after %v", victim, err, time.Since(start))
+		}
+	}
+}
+
+// privateSiteFor makes a private site for a test.
+func privateSiteFor(t *testing.T, mode string) (*privateSite, error) {
+	t.Helper()
+	node.Need(t)
+	s, err := newPrivateSite(t.Context(), privateOptions{
+		cniPath: node.ProgramDir(), program: filepath.Join(node.ProgramDir(), "skipstack"), stderr: os.Stderr, mode: mode,
+		worker: func() *exec.Cmd { return node.WorkerCommand("bench") },
+	})
+	t.Cleanup(func() {
+		if err := s.close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return s, err
+}
+
+func TestPrivateSite(t *testing.T) {
+	s, err := privateSiteFor(t, "on")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var log bytes.Buffer
+	one := func(int) []Point { return []Point{point(Stream, 64<<10, 0)} }
+	report, err := measureAll(t.Context(), s, quickParameters(options{sockets: "blocking"}), one, &log)
+	if err != nil {
+		t.Fatalf("%v\n%s", err, log.String())
+	}
+	if !report.Proven() || report.Verified == 0 || len(report.Points) != 1 {
+		t.Errorf("not proven:\n%s", log.String())
+	}
+	r := testRunner(t, s)
+	for _, p := range []Point{
+		point(RequestResponse, 64, 64), point(ConnectRequestResponse, 64, 64),
+		{Test: RequestResponse, Path: ServiceIP, Placement: CrossCPU, RequestBytes: 64, ResponseBytes: 64, Connections: 1},
+		{Test: RequestResponse, Path: IPv6, Placement: SameCPU, RequestBytes: 64, ResponseBytes: 64, Connections: 1},
+		{Test: RequestResponse, Path: Loopback, Placement: SameCPU, RequestBytes: 64, ResponseBytes: 64, Connections: 1},
+	} {
+		if p.Placement == CrossCPU && len(r.cpus) == 1 {
+			p.Placement = SameCPU
+		}
+		if result, err := r.measure(t.Context(), p); err != nil || result.Proof != Proven {
+			t.Errorf("%s: proof %s (%s), error %v", p, result.Proof, result.Reason, err)
+		}
+	}
+}
+
+// TestSecretlyOff switches acceleration off behind the bench's back.
+func TestSecretlyOff(t *testing.T) {
+	s, err := privateSiteFor(t, "on")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := datapath.SwitchNode(s.node.BPFFS, true); err != nil {
+		t.Fatal(err)
+	}
+	r := testRunner(t, s)
+	result, err := r.measure(t.Context(), point(RequestResponse, 64, 64))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if result.Proof != Failed || (&Report{Points: []Result{result}}).Proven() {
+		t.Errorf("proof %s (%s), though acceleration is off", result.Proof, result.Reason)
+	}
+	if _, err := r.verify(t.Context(), PodIP); err == nil {
+		t.Error("the verification pass succeeds, though acceleration is off")
+	}
+}
+
+// swapped runs plain workers where accelerated ones are asked for, and the reverse.
+type swapped struct{ site }
+
+func (s swapped) worker(r role) (*remote, error) {
+	r.accelerated = !r.accelerated
+	return s.site.worker(r)
+}
+
+func TestPlainMustBePlain(t *testing.T) {
+	s, err := privateSiteFor(t, "on")
+	if err != nil {
+		t.Fatal(err)
+	}
+	result, err := testRunner(t, swapped{s}).measure(t.Context(), point(RequestResponse, 64, 64))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if result.Proof != Failed || !strings.HasPrefix(result.Reason, "plain runs: ") {
+		t.Errorf("proof %s (%s), though the plain runs were accelerated", result.Proof, result.Reason)
+	}
+}
+
+func TestNotAllowed(t *testing.T) {
+	if _, err := privateSiteFor(t, "off"); !errors.Is(err, errNotAllowed) {
+		t.Errorf("pods with mode off: %v", err)
+	}
+}

@@ -1,0 +1,204 @@
+package bench
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/netip"
+	"os/exec"
+	"runtime"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// An order is what the bench asks of a worker process, one JSON object each on its
+// standard input. A worker answers every order but stop with a reply.
+type order struct {
+	Verb        verb           `json:"verb"`
+	Point       Point          `json:"point"`
+	NonBlocking bool           `json:"non_blocking"`
+	Verify      bool           `json:"verify"`
+	WarmUp      time.Duration  `json:"warm_up_ns"`
+	Length      time.Duration  `json:"length_ns"`
+	CPU         int            `json:"cpu"`
+	Address     netip.Addr     `json:"address"` // listen
+	Server      netip.AddrPort `json:"server"`  // drive
+}
+
+type verb string
+
+const (
+	listen verb = "listen" // open a listener; the reply has its port
+	serve  verb = "serve"  // serve until stop, then reply with a tally
+	stop   verb = "stop"
+	drive  verb = "drive" // run the client, then reply with a tally
+)
+
+type reply struct {
+	Port  uint16 `json:"port,omitempty"`
+	Tally tally  `json:"tally"`
+	Error string `json:"error,omitempty"`
+}
+
+// workerEnv is what the environment of a worker needs; see socket. The second and
+// third scheduler slots are for the orders and the timer of a stream.
+func workerEnv(env []string) []string {
+	return append(env[:len(env):len(env)], "GOGC=off", "GODEBUG=asyncpreemptoff=1", "GOMAXPROCS=3")
+}
+
+// selfWorker is a worker as the hidden command of the running program.
+func selfWorker(env []string) *exec.Cmd {
+	cmd := exec.Command("/proc/self/exe", "bench", workerCommand)
+	cmd.Env = env
+	return cmd
+}
+
+const workerCommand = "worker"
+
+// runWorker is a worker process: it serves orders until its input ends.
+func runWorker(in io.Reader, out, stderr io.Writer) int {
+	w := &worker{out: json.NewEncoder(out)}
+	orders := json.NewDecoder(in)
+	for {
+		var o order
+		err := orders.Decode(&o)
+		if errors.Is(err, io.EOF) {
+			return 0
+		}
+		if err == nil {
+			err = w.obey(o)
+		}
+		if err != nil {
+			fmt.Fprintln(stderr, "bench worker:", err)
+			return 1
+		}
+	}
+}
+
+type worker struct {
+	out      *json.Encoder
+	listener *socket
+	busy     chan error // of the generator that runs, if any
+}
+
+func (w *worker) obey(o order) error {
+	switch o.Verb {
+	case listen:
+		port, err := w.listen(o)
+		return w.reply(reply{Port: port}, err)
+	case serve:
+		return w.start(o, func(g *generator) error { return g.server(w.listener) })
+	case drive:
+		return w.start(o, func(g *generator) error { return g.client(o.Server) })
+	case stop:
+		if w.listener == nil {
+			return errors.New("stop: nothing listens")
+		}
+		// Wakes accept, which cannot be interrupted otherwise.
+		if err := unix.Shutdown(w.listener.fd, unix.SHUT_RD); err != nil {
+			return fmt.Errorf("stop: %w", err)
+		}
+		err := <-w.busy
+		w.listener.close()
+		w.listener = nil
+		return err
+	}
+	return fmt.Errorf("unknown order %q", o.Verb)
+}
+
+func (w *worker) reply(r reply, err error) error {
+	if err != nil {
+		r.Error = err.Error()
+	}
+	return w.out.Encode(r)
+}
+
+func (w *worker) listen(o order) (uint16, error) {
+	s, err := newSocket(o.Address.Is6(), o.NonBlocking)
+	if err != nil {
+		return 0, err
+	}
+	if o.Point.NoDelay { // accepted sockets inherit it
+		err = s.setNoDelay()
+	}
+	var port uint16
+	if err == nil {
+		port, err = s.listen(o.Address)
+	}
+	if err != nil {
+		s.close()
+		return 0, err
+	}
+	w.listener = s
+	return port, nil
+}
+
+// start runs a generator on a thread of its own, pinned to the order's CPU, and
+// replies when it has ended.
+func (w *worker) start(o order, run func(*generator) error) error {
+	runtime.GC() // it does not run by itself; see workerEnv
+	opened := make(chan window, 1)
+	g := &generator{
+		point: o.Point, nonBlocking: o.NonBlocking, verify: o.Verify, warmUp: o.WarmUp, length: o.Length,
+		opened: opened, base: time.Now(),
+	}
+	w.busy = make(chan error, 1)
+	go func() {
+		runtime.LockOSThread() // and never unlocked: the thread ends with its affinity
+		done, cpu := make(chan struct{}), make(chan int64, 1)
+		go sampleCPU(unix.Gettid(), g.base, opened, done, cpu)
+		err := pin(o.CPU)
+		if err == nil {
+			err = run(g)
+		}
+		close(done)
+		g.tally.CPU = <-cpu
+		if g.tally.Latency != nil {
+			g.tally.Latency.trim()
+		}
+		w.busy <- w.reply(reply{Tally: g.tally}, err)
+	}()
+	return nil
+}
+
+func pin(cpu int) error {
+	var set unix.CPUSet
+	set.Set(cpu)
+	if err := unix.SchedSetaffinity(0, &set); err != nil {
+		return fmt.Errorf("pin to CPU %d: %w", cpu, err)
+	}
+	return nil
+}
+
+// sampleCPU sends the CPU time that a thread used in its window, or until it is done.
+// It is another goroutine's work so that the generator pays nothing for it.
+func sampleCPU(tid int, base time.Time, opened <-chan window, done <-chan struct{}, result chan<- int64) {
+	var used int64
+	defer func() { result <- used }()
+	var w window
+	select {
+	case w = <-opened:
+	case <-done:
+		return
+	}
+	for _, at := range []time.Duration{w.from, w.until} {
+		select {
+		case <-time.After(at - time.Since(base)):
+		case <-done:
+		}
+		used = threadCPU(tid) - used
+	}
+}
+
+// threadCPU returns the CPU time of a thread of this process in nanoseconds, by the
+// clock that pthread_getcpuclockid(3) names; 0 if the thread is gone.
+func threadCPU(tid int) int64 {
+	const perThreadSched = 4 | 2
+	var ts unix.Timespec
+	if err := unix.ClockGettime(int32(^tid<<3|perThreadSched), &ts); err != nil {
+		return 0
+	}
+	return ts.Nano()
+}
