@@ -1,7 +1,6 @@
 package node
 
 import (
-	"bufio"
 	"context"
 	"errors"
 	"fmt"
@@ -13,58 +12,16 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/skipstack/skipstack/plugin/podcgroup"
 )
 
-// cgroup2Mount returns where cgroup2 is mounted: /sys/fs/cgroup on a unified
-// host, /sys/fs/cgroup/unified on a hybrid one, else what mountinfo says.
-func cgroup2Mount() (string, error) {
-	for _, dir := range []string{"/sys/fs/cgroup", "/sys/fs/cgroup/unified"} {
-		if isFS(dir, unix.CGROUP2_SUPER_MAGIC) {
-			return dir, nil
-		}
-	}
-	mounts, err := readMounts("/proc/self/mountinfo")
-	if err != nil {
-		return "", err
-	}
-	for _, m := range mounts {
-		if m.fsType == "cgroup2" {
-			return m.point, nil
-		}
-	}
-	return "", errors.New("no cgroup2 mount found: mount one, for example on /sys/fs/cgroup/unified")
-}
+// cgroupRoot returns where cgroup2 is mounted.
+func cgroupRoot() (string, error) { return podcgroup.FindRoot("/sys/fs/cgroup", "/proc") }
 
 func isFS(dir string, magic int64) bool {
 	var s unix.Statfs_t
 	return unix.Statfs(dir, &s) == nil && int64(s.Type) == magic
-}
-
-type mount struct{ root, point, fsType string }
-
-// readMounts parses a mountinfo file (Linux, Documentation/filesystems/proc.rst, 3.5).
-func readMounts(path string) ([]mount, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, fmt.Errorf("read mounts: %w", err)
-	}
-	defer f.Close()
-	var mounts []mount
-	unescape := strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\134`, `\`)
-	lines := bufio.NewScanner(f)
-	lines.Buffer(nil, 1<<20)
-	for lines.Scan() {
-		before, after, ok := strings.Cut(lines.Text(), " - ")
-		fields, tail := strings.Fields(before), strings.Fields(after)
-		if !ok || len(fields) < 6 || len(tail) < 2 {
-			continue
-		}
-		mounts = append(mounts, mount{unescape.Replace(fields[3]), unescape.Replace(fields[4]), tail[0]})
-	}
-	if err := lines.Err(); err != nil {
-		return nil, fmt.Errorf("read mounts: %w", err)
-	}
-	return mounts, nil
 }
 
 // killCgroup kills every process below dir and waits until the kernel says

@@ -62,7 +62,7 @@ func Isolate(ctx context.Context, c Command) (exit int, err error) {
 	if os.Geteuid() != 0 {
 		return 0, ErrPrivilege
 	}
-	root, err := cgroup2Mount()
+	root, err := cgroupRoot()
 	if err != nil {
 		return 0, err
 	}
@@ -97,6 +97,7 @@ func Isolate(ctx context.Context, c Command) (exit int, err error) {
 		UseCgroupFD:  true,
 		CgroupFD:     int(lock.Fd()),
 		Pdeathsig:    unix.SIGKILL,
+		Setpgid:      true, // it gets a terminal's signals from here, and once
 	}
 	if err := cmd.Start(); err != nil {
 		if errors.Is(err, fs.ErrPermission) {

@@ -28,7 +28,7 @@ const (
 // Machine is what [Isolate] gives a program: a place with nothing in it.
 type Machine struct {
 	// What was there after Prepare.
-	mounts []mount
+	mounts []string
 	links  []string
 	files  []string // in /run and /sys/fs/bpf, where some kernels put preloaded iterators
 }
@@ -40,7 +40,7 @@ func Prepare() (*Machine, error) {
 	if !Isolated() {
 		return nil, errors.New("prepare a private machine: the process was not started by Isolate")
 	}
-	cgroups, err := cgroup2Mount()
+	cgroups, err := cgroupRoot()
 	if err != nil {
 		return nil, err
 	}
@@ -75,7 +75,7 @@ func Prepare() (*Machine, error) {
 		return nil, err
 	}
 	m := &Machine{}
-	if m.mounts, err = readMounts("/proc/self/mountinfo"); err != nil {
+	if m.mounts, err = mounts(); err != nil {
 		return nil, err
 	}
 	if m.links, err = linkNames(); err != nil {
@@ -101,13 +101,13 @@ func (m *Machine) Leftovers() ([]string, error) {
 
 func (m *Machine) leftovers() ([]string, error) {
 	var left []string
-	mounts, err := readMounts("/proc/self/mountinfo")
+	mounted, err := mounts()
 	if err != nil {
 		return nil, err
 	}
-	for _, mnt := range mounts {
-		if !slices.Contains(m.mounts, mnt) {
-			left = append(left, fmt.Sprintf("mount: %s on %s", mnt.fsType, mnt.point))
+	for _, line := range mounted {
+		if !slices.Contains(m.mounts, line) {
+			left = append(left, "mount: "+line)
 		}
 	}
 	links, err := linkNames()
@@ -190,7 +190,7 @@ func leftThreads() ([]string, error) {
 }
 
 func leftCgroups() ([]string, error) {
-	root, err := cgroup2Mount()
+	root, err := cgroupRoot()
 	if err != nil {
 		return nil, err
 	}
@@ -205,6 +205,23 @@ func leftCgroups() ([]string, error) {
 		}
 	}
 	return left, nil
+}
+
+// mounts lists the mounts of this namespace: id, mount point and file system.
+func mounts() ([]string, error) {
+	info, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		return nil, fmt.Errorf("list mounts: %w", err)
+	}
+	var list []string
+	for line := range strings.Lines(string(info)) {
+		// proc_pid_mountinfo(5): id, parent, device, root, mount point, ... - type, ...
+		before, after, _ := strings.Cut(line, " - ")
+		if f, super := strings.Fields(before), strings.Fields(after); len(f) > 4 && len(super) > 0 {
+			list = append(list, fmt.Sprintf("%s %s (%s)", f[0], f[4], super[0]))
+		}
+	}
+	return list, nil
 }
 
 // privateFiles lists what is in the directories that Prepare made private.

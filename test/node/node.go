@@ -62,7 +62,7 @@ func New(o Options) (n *Node, err error) {
 	if !Isolated() {
 		return nil, errors.New("make a node: the process is not isolated")
 	}
-	root, err := cgroup2Mount()
+	root, err := cgroupRoot()
 	if err != nil {
 		return nil, err
 	}
@@ -290,6 +290,7 @@ func (n *Node) Leftovers() ([]string, error) {
 	}
 	for _, dir := range []struct{ kind, path string }{
 		{"attachment", filepath.Join(n.RunDir, "attachments")},
+		{"attachment", filepath.Join(n.RunDir, "cgroups")},
 		{"pod cgroup", filepath.Join(n.CgroupRoot, "kubepods")},
 		{"result", filepath.Join(n.CacheDir, "results")},
 		{"lease", n.IPAMDir},

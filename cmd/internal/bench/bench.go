@@ -48,7 +48,7 @@ type ExitError struct {
 
 func (e *ExitError) Error() string {
 	if e.Err == nil {
-		return fmt.Sprintf("exit code %d", e.Code)
+		return ""
 	}
 	return e.Err.Error()
 }
@@ -94,7 +94,8 @@ failed), 2 the bench cannot be run as asked, 3 the kernel's verdict does not
 allow acceleration.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			ctx, stop := signal.NotifyContext(cmd.Context(), unix.SIGINT, unix.SIGTERM, unix.SIGHUP)
+			// The caller's context ends on the other signals.
+			ctx, stop := signal.NotifyContext(cmd.Context(), unix.SIGHUP)
 			defer stop()
 			if node.Isolated() {
 				return inside(ctx, c, o)
@@ -103,8 +104,8 @@ allow acceleration.`,
 		},
 	}
 	cmd.Flags().BoolVar(&o.quick, "quick", false, "measure a small set in under 20 seconds")
-	cmd.Flags().StringVar(&o.cniPath, "cni-path", defaultCNIPath, "directory of the CNI plugins bridge and host-local")
-	cmd.Flags().StringVar(&o.json, "json", "", "also write the results to this file (- is standard output)")
+	cmd.Flags().StringVar(&o.cniPath, "cni-path", defaultCNIPath, "`DIRECTORY` of the CNI plugins bridge and host-local")
+	cmd.Flags().StringVar(&o.json, "json", "", "also write the results as JSON to this `FILE`; - is standard output, the table then goes to standard error")
 	cmd.Flags().StringVar(&o.sockets, "sockets", "blocking", "what the generators use: blocking, or nonblocking with poll(2)")
 	cmd.AddCommand(&cobra.Command{
 		Use: workerCommand, Hidden: true, Args: cobra.NoArgs,
@@ -228,9 +229,13 @@ func inside(ctx context.Context, c Config, o options) error {
 	if err != nil {
 		return &ExitError{ExitNotProven, fmt.Errorf("find this program: %w", err)}
 	}
+	cniPath, err := filepath.Abs(o.cniPath)
+	if err != nil {
+		return &ExitError{ExitNotProven, fmt.Errorf("--cni-path: %w", err)}
+	}
 	fmt.Fprintln(c.ErrOut, "bench: making a private node with two pods")
 	site, err := newPrivateSite(ctx, privateOptions{
-		cniPath: o.cniPath, program: program, stderr: c.ErrOut, mode: "on",
+		cniPath: cniPath, program: program, stderr: c.ErrOut, mode: "on",
 		worker: func() *exec.Cmd { return selfWorker(c.Env) },
 	})
 	var report *Report
@@ -239,9 +244,11 @@ func inside(ctx context.Context, c Config, o options) error {
 	}
 	// What is measured is told, even if cleaning up fails then.
 	if report != nil {
-		if textErr := report.writeText(c.Out); textErr != nil {
-			err = errors.Join(err, textErr)
+		out := c.Out
+		if o.json == "-" {
+			out = c.ErrOut
 		}
+		err = errors.Join(err, report.writeText(out))
 	}
 	err = errors.Join(err, site.close())
 	if left, leftErr := machine.Leftovers(); leftErr != nil || len(left) > 0 {

@@ -1,0 +1,156 @@
+package bench
+
+import (
+	"bufio"
+	"bytes"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/skipstack/skipstack/test/node"
+	"golang.org/x/sys/unix"
+)
+
+// These tests run the built program: `skipstack bench` makes a private node of its own
+// within that of the tests.
+
+func program(args ...string) *exec.Cmd {
+	cmd := exec.Command(filepath.Join(node.ProgramDir(), "skipstack"), append([]string{"bench"}, args...)...)
+	cmd.Env = os.Environ()
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	return cmd
+}
+
+// nothingLeft checks that no cgroup of a private node is there.
+func nothingLeft(t *testing.T) {
+	t.Helper()
+	for _, root := range []string{"/sys/fs/cgroup", "/sys/fs/cgroup/unified"} {
+		if left, err := filepath.Glob(root + "/skipstack-node-*"); err != nil || len(left) > 0 {
+			t.Errorf("left: %v, %v", left, err)
+		}
+	}
+}
+
+func TestUsageErrors(t *testing.T) {
+	node.Need(t)
+	path := "--cni-path=" + node.ProgramDir()
+	for _, c := range []struct {
+		args   []string
+		nobody bool
+		want   string
+	}{
+		{args: []string{path}, want: "--quick"},
+		{args: []string{"--quick", path, "--sockets=some"}, want: "blocking or nonblocking"},
+		{args: []string{"--quick", path, "--json=/nonexistent/file"}, want: "its directory is not writable"},
+		{args: []string{"--quick", "--cni-path=" + t.TempDir()}, want: "no CNI plugin bridge"},
+		{args: []string{"--quick", path, "--repeats=0"}, want: "unknown flag"},
+		{args: []string{"--quick", path, "argument"}, want: "argument"},
+		{args: []string{"--quick", path}, nobody: true, want: "needs root"},
+	} {
+		t.Run(c.want, func(t *testing.T) {
+			cmd := program(c.args...)
+			var out, errs bytes.Buffer
+			cmd.Stdout, cmd.Stderr = &out, &errs
+			if c.nobody {
+				cmd.SysProcAttr.Credential = &syscall.Credential{Uid: 65534, Gid: 65534}
+			}
+			_ = cmd.Run()
+			if code := cmd.ProcessState.ExitCode(); code != ExitUsage {
+				t.Errorf("exit code %d, want %d", code, ExitUsage)
+			}
+			if !strings.Contains(errs.String(), c.want) || out.Len() > 0 {
+				t.Errorf("it says %q, want %q; on standard output %q", errs.String(), c.want, out.String())
+			}
+			nothingLeft(t)
+		})
+	}
+}
+
+// TestDisturbed ends the bench, or one of its workers, at different points.
+func TestDisturbed(t *testing.T) {
+	node.Need(t)
+	for _, c := range []struct {
+		name    string
+		after   string // the line on standard error that it is disturbed after
+		disturb func(t *testing.T, bench int)
+		want    string
+	}{
+		{"SIGINT while it begins", "making a private node", signalTo(unix.SIGINT, false), "interrupted"},
+		{"SIGTERM while measuring", "data verified", signalTo(unix.SIGTERM, false), "interrupted"},
+		{"Ctrl-C while measuring", "data verified", signalTo(unix.SIGINT, true), "interrupted"},
+		{"worker killed", "data verified", killWorker, "worker "},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			cmd := program("--quick", "--cni-path="+node.ProgramDir())
+			var out bytes.Buffer
+			cmd.Stdout = &out
+			stderr, err := cmd.StderrPipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := cmd.Start(); err != nil {
+				t.Fatal(err)
+			}
+			var said strings.Builder
+			disturbed := false
+			for lines := bufio.NewScanner(stderr); lines.Scan(); {
+				fmt.Fprintln(&said, lines.Text())
+				if !disturbed && strings.Contains(lines.Text(), c.after) {
+					c.disturb(t, cmd.Process.Pid)
+					disturbed = true
+				}
+			}
+			err = cmd.Wait()
+			if code := cmd.ProcessState.ExitCode(); code != ExitNotProven {
+				t.Errorf("exit code %d (%v), want %d", code, err, ExitNotProven)
+			}
+			if !disturbed || !strings.Contains(said.String(), c.want) || strings.Contains(out.String(), "proven for every point") {
+				t.Errorf("it said %q, want %q", said.String(), c.want)
+			}
+			if n := strings.Count(said.String(), "skipstack: "); n != 1 {
+				t.Errorf("%d error messages:\n%s", n, said.String())
+			}
+			nothingLeft(t)
+		})
+	}
+}
+
+func signalTo(s unix.Signal, group bool) func(*testing.T, int) {
+	return func(t *testing.T, pid int) {
+		if group {
+			pid = -pid
+		}
+		if err := unix.Kill(pid, s); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// killWorker kills the first worker process it finds; the tests run in a PID namespace
+// of their own and see only their own.
+func killWorker(t *testing.T, _ int) {
+	found, err := filepath.Glob("/proc/[0-9]*/cmdline")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range found {
+		cmdline, err := os.ReadFile(path)
+		if err != nil || !bytes.Contains(cmdline, []byte("\x00bench\x00worker\x00")) {
+			continue
+		}
+		var pid int
+		if _, err := fmt.Sscanf(path, "/proc/%d/", &pid); err != nil {
+			t.Fatal(err)
+		}
+		if err := unix.Kill(pid, unix.SIGKILL); err != nil && !errors.Is(err, unix.ESRCH) {
+			t.Error(err)
+		}
+		return
+	}
+	t.Error("no worker found")
+}
