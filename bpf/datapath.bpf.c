@@ -257,10 +257,11 @@ static __always_inline void server_established(struct bpf_sock_ops *ctx, const s
 	e = endpoint_of(sk);
 	if (e && !e->closed)
 		return; /* attached to nested cgroups, the program runs twice */
-	/* This socket must come from the request that the record is about. */
+	/* This socket must come from the request that the record is about. It
+	 * has another number, too, when the SYN-ACK was sent a second time. */
 	secret = c->secret;
 	if (ctx->sk_txhash != secret.server) {
-		count_connection(CONNECTION_UNPROVEN);
+		count_connection(c->client_cookie ? CONNECTION_UNPROVEN : CONNECTION_REMOTE_CLIENT);
 		return;
 	}
 	if (swap_state(c, SYN_SEEN, PLAIN) == SYN_SEEN) {
