@@ -152,12 +152,12 @@ func outside(ctx context.Context, c Config, o options, args []string) error {
 		ExtraFiles: []*os.File{resultWrite},
 	})
 	resultWrite.Close()
+	if err != nil && !errors.Is(err, node.ErrLeftover) {
+		return &ExitError{ExitUsage, err} // it did not begin
+	}
 	err = errors.Join(err, <-copied)
 	if err == nil && result.Len() > 0 {
 		err = writeResult(o.json, result.Bytes(), c.Out)
-	}
-	if errors.Is(err, node.ErrPrivilege) {
-		return &ExitError{ExitUsage, err}
 	}
 	if code == ExitProven && err == nil {
 		return nil
