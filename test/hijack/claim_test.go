@@ -1,0 +1,135 @@
+package hijack_test
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"net/netip"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/skipstack/skipstack/plugin/datapath"
+)
+
+// TestClaims lets an attacker claim connections of clients on other hosts, whose
+// last acknowledgement is slow to come: all that time the record of the SYN
+// is there. The attacker knows both sequence numbers, which it could not.
+func TestClaims(t *testing.T) {
+	for _, tt := range []struct {
+		name  string
+		batch int
+		after time.Duration // the SYN
+		claim func(c *cell, from, to netip.AddrPort, own, peer uint32) (int, error)
+		label string
+	}{
+		{"SYN-ACK from a TUN device", 20, 0, (*cell).forged, "unproven"},
+		{"SYN-ACK from a TUN device, too late", 500, 5 * time.Millisecond, (*cell).forged, "unproven"},
+		{"TCP_REPAIR", 50, 0, (*cell).restored, "repaired"},
+		{"TCP_REPAIR, too late", 500, 5 * time.Millisecond, (*cell).restored, "repaired"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			l := newLab(t, datapath.LoadOptions{})
+			victim, attacker := l.pod("victim"), l.pod("attacker")
+			server := netip.AddrPortFrom(victim.addr, 80)
+			listener := newCell(t, victim.Pod, cellOptions{}).listen(t, server)
+			client := elsewhere.Addr().Next().Next()
+			evil := newCell(t, attacker.Pod, cellOptions{Nested: true, TUN: "tun0", Addrs: []netip.Addr{client}, Repair: true})
+			before := l.counters()
+			for range tries / tt.batch {
+				check(t, evil.prime(tt.batch))
+				syns := make([]segment, tt.batch)
+				answers, stolen := make([]segment, tt.batch), make([]int, tt.batch)
+				var err error
+				for i := range syns {
+					syns[i] = segment{src: netip.AddrPortFrom(client, uint16(1024+i)), dst: server, flags: syn, seq: rand.Uint32()}
+					answers[i], err = l.world.ask(syns[i])
+					check(t, err)
+				}
+				time.Sleep(tt.after)
+				for i, s := range syns {
+					stolen[i], err = tt.claim(evil, s.src, s.dst, s.seq, answers[i].seq)
+					check(t, err)
+					check(t, send(stolen[i], "evil"))
+				}
+				for i, s := range syns {
+					l.serve(listener, s, answers[i], stolen[i])
+				}
+				evil.tun.drain()
+			}
+			l.expect(before, map[string]uint64{tt.label: tries, "remote_client": tries})
+		})
+	}
+}
+
+// serve lets the client that sent a SYN go on, and the listener's process
+// answer it; neither may notice anything of the stolen socket, nor it of them.
+func (l *lab) serve(listener int, s, answer segment, stolen int) {
+	l.t.Helper()
+	request, reply := fmt.Sprint("request ", s.seq), fmt.Sprint("reply ", s.seq)
+	s.flags, s.seq, s.ack, s.payload = ack, s.seq+1, answer.seq+1, request
+	check(l.t, l.world.send(s))
+	server, err := accept(listener)
+	check(l.t, err)
+	check(l.t, read(server, request))
+	check(l.t, send(server, reply))
+	_, err = l.world.receive(func(r segment) bool { return r.dst == s.src && r.payload == reply })
+	check(l.t, err)
+	check(l.t, silent(server))
+	check(l.t, silent(stolen))
+	check(l.t, vanish(server))
+	check(l.t, vanish(stolen))
+	l.world.drain()
+}
+
+// TestLateClient delays genuine SYN-ACKs beyond the claim window: the connection
+// goes by TCP.
+func TestLateClient(t *testing.T) {
+	l := newLab(t, datapath.LoadOptions{})
+	a, b := l.pod("client"), l.pod("server")
+	server := netip.AddrPortFrom(b.addr, 80)
+	listener := newCell(t, b.Pod, cellOptions{
+		Sysctls: map[string]string{"net.ipv4.neigh.eth0.unres_qlen_bytes": "10000000"},
+	}).listen(t, server)
+	clients := newCell(t, a.Pod, cellOptions{Sysctls: map[string]string{"net.ipv4.conf.eth0.arp_ignore": "8"}}) // answer nobody
+	check(t, a.Do(func() error { return learn(b.addr, b.mac) }))
+	const batch = 50
+	before := l.counters()
+	for range tries / batch {
+		check(t, clients.prime(batch))
+		// The SYN-ACKs wait until the client's address is resolved.
+		check(t, b.Do(func() error { return forget(a.addr) }))
+		recorded := l.counters().Events["syn_recorded"]
+		var fds []int
+		for range batch {
+			fd, err := clients.socket()
+			check(t, err)
+			check(t, connect(fd, server))
+			fds = append(fds, fd)
+		}
+		if n := l.counters().Events["syn_recorded"] - recorded; n != batch {
+			t.Fatalf("%d SYNs recorded, want %d", n, batch)
+		}
+		time.Sleep(5 * time.Millisecond)
+		check(t, b.Do(func() error { return learn(a.addr, a.mac) }))
+		for i, fd := range fds {
+			check(t, established(fd))
+			check(t, send(fd, fmt.Sprint("late ", i)))
+		}
+		for range batch {
+			fd, err := accept(listener)
+			check(t, err)
+			buf := make([]byte, 100)
+			check(t, wait(fd, unix.POLLIN))
+			n, err := unix.Read(fd, buf)
+			check(t, err)
+			check(t, send(fd, string(buf[:n])))
+			check(t, vanish(fd))
+		}
+		for i, fd := range fds {
+			check(t, read(fd, fmt.Sprint("late ", i)))
+			check(t, vanish(fd))
+		}
+	}
+	l.expect(before, map[string]uint64{"late_claim": tries})
+}

@@ -1,0 +1,235 @@
+package hijack_test
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/skipstack/skipstack/plugin/datapath"
+)
+
+// A flood sends SYNs from many hosts as fast as it can.
+type flood struct {
+	stop atomic.Bool
+	sent atomic.Uint64
+	wg   sync.WaitGroup
+	err  error
+}
+
+// flood starts to flood a listener from elsewhere. With reset each SYN is followed by
+// an RST, so that the listener's backlog never fills and each SYN leaves a
+// record; without, SYN cookies end that.
+func (l *lab) flood(to netip.AddrPort, reset bool) *flood {
+	f := &flood{}
+	f.wg.Go(func() {
+		for host := uint32(0); !f.stop.Load() && f.err == nil; host++ {
+			addr := elsewhere.Addr().As4()
+			binary.BigEndian.PutUint16(addr[2:], uint16(2+host%65000))
+			s := segment{src: netip.AddrPortFrom(netip.AddrFrom4(addr), port(rand.IntN(1<<16))), dst: to, flags: syn, seq: rand.Uint32()}
+			f.err = l.world.send(s)
+			if reset && f.err == nil {
+				s.flags, s.seq = rst, s.seq+1
+				f.err = l.world.send(s)
+			}
+			f.sent.Add(1)
+			l.world.drain()
+		}
+	})
+	return f
+}
+
+func (f *flood) end(t *testing.T) {
+	t.Helper()
+	f.stop.Store(true)
+	f.wg.Wait()
+	check(t, f.err)
+	t.Logf("%d SYNs", f.sent.Load())
+}
+
+// pair is a connection whose ends the test holds.
+type pair struct{ client, server int }
+
+func newPair(clients *cell, listener int, to netip.AddrPort) (p pair, err error) {
+	if p.client, err = clients.socket(); err != nil {
+		return p, err
+	}
+	if err := connect(p.client, to); err != nil {
+		return p, err
+	}
+	if err := established(p.client); err != nil {
+		return p, err
+	}
+	p.server, err = accept(listener)
+	return p, err
+}
+
+func (p pair) exchange(token string) error {
+	return errors.Join(send(p.client, token), read(p.server, token), send(p.server, "re: "+token), read(p.client, "re: "+token))
+}
+
+func (p pair) close() error { return errors.Join(unix.Close(p.client), unix.Close(p.server)) }
+
+// TestSYNFlood floods an accelerated listener. Connections that exist stay
+// accelerated; new ones come about, if only by TCP.
+func TestSYNFlood(t *testing.T) {
+	for _, tt := range []struct {
+		name  string
+		reset bool
+	}{{"to the backlog", false}, {"past the backlog", true}} {
+		t.Run(tt.name, func(t *testing.T) {
+			l := newLab(t, datapath.LoadOptions{})
+			a, b := l.pod("client"), l.pod("server")
+			server := netip.AddrPortFrom(b.addr, 80)
+			clients, listener := newCell(t, a.Pod, cellOptions{}), newCell(t, b.Pod, cellOptions{}).listen(t, server)
+			old, err := newPair(clients, listener, server)
+			check(t, err)
+			check(t, old.exchange("before"))
+			before := l.counters()
+			f := l.flood(server, tt.reset)
+			exchanges, connections := uint64(0), uint64(0)
+			for ; f.sent.Load() < 5*tries; exchanges++ {
+				check(t, old.exchange(fmt.Sprint("during ", exchanges)))
+				if exchanges%10 == 0 {
+					p, err := newPair(clients, listener, server)
+					check(t, err)
+					check(t, errors.Join(p.exchange(fmt.Sprint("new ", connections)), p.close()))
+					connections++
+				}
+			}
+			f.end(t)
+			check(t, errors.Join(old.exchange("after"), old.close()))
+			d := l.counters().Since(before)
+			t.Logf("%d exchanges, %d new connections: %v %v", exchanges, connections, d.Connections, d.Events)
+			if got := d.Messages["redirected"].Messages; got < 2*exchanges {
+				t.Errorf("%d messages redirected in %d exchanges of a connection that was accelerated before", got, exchanges)
+			}
+			c := d.Connections
+			if n := c["enrolled"] + c["late_claim"] + c["remote_server"] + c["lost_race"]; n != connections || c["unproven"]+c["contested"] != 0 {
+				t.Errorf("%d new connections counted as %v", connections, c)
+			}
+			if tt.reset && d.Events["syn_recorded"] < f.sent.Load()/2 {
+				t.Errorf("only %d of %d SYNs recorded", d.Events["syn_recorded"], f.sent.Load())
+			}
+		})
+	}
+}
+
+// TestEviction opens more connections than there is room for records of, before
+// the first of them sends.
+func TestEviction(t *testing.T) {
+	const records, connections = 1024, 2000
+	l := newLab(t, datapath.LoadOptions{MaxConnections: 4 * records})
+	a, b := l.pod("client"), l.pod("server")
+	server := netip.AddrPortFrom(b.addr, 80)
+	clients, listener := newCell(t, a.Pod, cellOptions{}), newCell(t, b.Pod, cellOptions{}).listen(t, server)
+	var pairs []pair
+	before := l.counters()
+	for range connections {
+		p, err := newPair(clients, listener, server)
+		check(t, err)
+		pairs = append(pairs, p)
+	}
+	l.expect(before, map[string]uint64{"enrolled": connections})
+	for round := range 3 {
+		for i, p := range pairs {
+			check(t, p.exchange(fmt.Sprint("round ", round, " connection ", i)))
+		}
+	}
+	for _, p := range pairs {
+		check(t, p.close())
+	}
+	// A client without a record sends by TCP, its server may redirect.
+	m := l.counters().Since(before).Messages
+	missing := m["record_missing"].Messages
+	if missing < connections-records || m["plain"].Messages < 2*missing || m["redirected"].Messages < 3*connections {
+		t.Errorf("messages: %v", m)
+	}
+}
+
+// TestMapFull opens more connections than the sockhash holds.
+func TestMapFull(t *testing.T) {
+	l := newLab(t, datapath.LoadOptions{MaxConnections: 16})
+	a, b := l.pod("client"), l.pod("server")
+	server := netip.AddrPortFrom(b.addr, 80)
+	clients, listener := newCell(t, a.Pod, cellOptions{}), newCell(t, b.Pod, cellOptions{}).listen(t, server)
+	for round := range 3 {
+		before := l.counters()
+		var pairs []pair
+		for range 100 {
+			p, err := newPair(clients, listener, server)
+			check(t, err)
+			pairs = append(pairs, p)
+		}
+		for i, p := range pairs {
+			check(t, p.exchange(fmt.Sprint("round ", round, " connection ", i)))
+		}
+		l.expect(before, map[string]uint64{"enrolled": 16, "map_full": 84})
+		for _, p := range pairs {
+			check(t, p.close())
+		}
+		for deadline := time.Now().Add(patience); ; time.Sleep(time.Millisecond) {
+			n, err := l.set.Enrolled()
+			check(t, err)
+			if n == 0 {
+				break
+			}
+			if time.Now().After(deadline) {
+				t.Fatalf("%d sockets left in the sockhash", n)
+			}
+		}
+	}
+}
+
+// TestChurn opens, uses and closes connections from two pods at once, and a
+// flood besides, with so few records that they are evicted and recycled at every
+// moment of a connection's life.
+func TestChurn(t *testing.T) {
+	const records, idle = 1024, 600 // idle connections of each pod
+	l := newLab(t, datapath.LoadOptions{MaxConnections: 4 * records})
+	b := l.pod("server")
+	cells := newCell(t, b.Pod, cellOptions{})
+	flooded := netip.AddrPortFrom(b.addr, 79)
+	cells.listen(t, flooded)
+	before := l.counters()
+	f := l.flood(flooded, true)
+	t.Run("connections", func(t *testing.T) {
+		for i := range 2 {
+			clients := newCell(t, l.pod(fmt.Sprint("client", i)).Pod, cellOptions{})
+			server := netip.AddrPortFrom(b.addr, uint16(80+i))
+			listener := cells.listen(t, server)
+			t.Run(fmt.Sprint("pod ", i), func(t *testing.T) {
+				t.Parallel()
+				var pairs [idle]pair
+				for n := range tries {
+					if p := pairs[n%idle]; n >= idle {
+						token := fmt.Sprint("pod ", i, " connection ", n)
+						check(t, errors.Join(p.exchange(token), p.exchange(token+" again"), silent(p.client), silent(p.server), p.close()))
+					}
+					var err error
+					pairs[n%idle], err = newPair(clients, listener, server)
+					check(t, err)
+				}
+				for _, p := range pairs {
+					check(t, p.close())
+				}
+			})
+		}
+	})
+	f.end(t)
+	d := l.counters().Since(before)
+	t.Logf("%v %v", d.Connections, d.Messages)
+	if d.Connections["enrolled"] < tries || d.Messages["record_missing"].Messages < tries/10 || d.Messages["redirected"].Messages < tries/10 {
+		t.Errorf("too little happened: %v %v", d.Connections, d.Messages)
+	}
+	if n := d.Connections["unproven"] + d.Connections["contested"]; n != 0 {
+		t.Errorf("%d connections mistaken for others: %v", n, d.Connections)
+	}
+}

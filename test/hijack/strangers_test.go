@@ -1,0 +1,338 @@
+package hijack_test
+
+import (
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net"
+	"net/netip"
+	"testing"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/skipstack/skipstack/plugin/datapath"
+	"github.com/skipstack/skipstack/test/node"
+)
+
+// TestCollusion has two pods that no network connects, and that may not talk to
+// each other, make up a handshake together: each tells the other everything.
+func TestCollusion(t *testing.T) {
+	l := newLab(t, datapath.LoadOptions{})
+	a, b := l.island("a"), l.island("b")
+	server, host := netip.MustParseAddrPort("192.0.2.1:80"), netip.MustParseAddr("192.0.2.2")
+	servers := newCell(t, a.Pod, cellOptions{Nested: true, TUN: "tun0", Addrs: []netip.Addr{server.Addr()}})
+	clients := newCell(t, b.Pod, cellOptions{Nested: true, TUN: "tun0", Addrs: []netip.Addr{host}, Repair: true})
+	listener := servers.listen(t, server)
+	before := l.counters()
+	for i := range tries {
+		check(t, clients.prime(1))
+		s := segment{src: netip.AddrPortFrom(host, port(i)), dst: server, flags: syn, seq: rand.Uint32()}
+		answer, err := servers.tun.ask(s)
+		check(t, err)
+		x, err := clients.forged(s.src, server, s.seq, answer.seq)
+		check(t, err)
+		check(t, servers.tun.send(segment{src: s.src, dst: server, flags: ack, seq: s.seq + 1, ack: answer.seq + 1}))
+		y, err := accept(listener)
+		check(t, err)
+		check(t, errors.Join(send(x, "hidden"), send(y, "hidden")))
+		check(t, errors.Join(silent(x), silent(y), vanish(x), vanish(y)))
+		servers.tun.drain()
+		clients.tun.drain()
+	}
+	l.expect(before, map[string]uint64{"unproven": tries, "remote_client": tries})
+}
+
+// TestPlantedRecord has a client connect to a server on another host, and an
+// attacker's listener answer the same SYN with the same number before that
+// server does.
+func TestPlantedRecord(t *testing.T) {
+	l := newLab(t, datapath.LoadOptions{})
+	victim, attacker := l.pod("victim"), l.pod("attacker")
+	clients := newCell(t, victim.Pod, cellOptions{})
+	remote := netip.AddrPortFrom(elsewhere.Addr().Next().Next(), 443)
+	evil := newCell(t, attacker.Pod, cellOptions{Nested: true, TUN: "tun0", Addrs: []netip.Addr{remote.Addr()}, Repair: true})
+	listener := evil.listen(t, remote)
+	before := l.counters()
+	for range tries {
+		check(t, evil.prime(1))
+		client, err := clients.socket()
+		check(t, err)
+		check(t, connect(client, remote))
+		s, err := l.world.receive(func(s segment) bool { return s.flags&syn != 0 && s.dst == remote })
+		check(t, err)
+		number := rand.Uint32()
+		check(t, evil.half(remote, s.src, s.seq, number))
+		check(t, l.world.send(segment{src: remote, dst: s.src, flags: syn | ack, seq: number, ack: s.seq + 1}))
+		check(t, established(client))
+		check(t, evil.tun.send(segment{src: s.src, dst: remote, flags: ack, seq: s.seq + 1, ack: number + 1}))
+		stolen, err := accept(listener)
+		check(t, err)
+		check(t, errors.Join(send(stolen, "evil"), send(client, "secret")))
+		_, err = l.world.receive(func(r segment) bool { return r.src == s.src && r.payload == "secret" })
+		check(t, err)
+		check(t, l.world.send(segment{src: remote, dst: s.src, flags: ack, seq: number + 1, ack: s.seq + 7, payload: "answer"}))
+		check(t, errors.Join(read(client, "answer"), silent(client), silent(stolen), vanish(client), vanish(stolen)))
+		l.world.drain()
+		evil.tun.drain()
+	}
+	// The attacker makes TIME_WAIT sockets by TCP_REPAIR, without a record.
+	l.expect(before, map[string]uint64{"unproven": tries, "remote_client": tries, "remote_server": tries})
+}
+
+// TestStolenServerEnd has a client claim its connection to a server that waits
+// for the first byte (TCP_DEFER_ACCEPT), and an attacker's listener accept a
+// connection with the same numbers meanwhile.
+func TestStolenServerEnd(t *testing.T) {
+	l := newLab(t, datapath.LoadOptions{})
+	a, b, attacker := l.pod("client"), l.pod("server"), l.pod("attacker")
+	server := netip.AddrPortFrom(b.addr, 80)
+	clients, listener := newCell(t, a.Pod, cellOptions{}), newCell(t, b.Pod, cellOptions{}).listen(t, server)
+	check(t, unix.SetsockoptInt(listener, unix.IPPROTO_TCP, unix.TCP_DEFER_ACCEPT, 10))
+	evil := newCell(t, attacker.Pod, cellOptions{Nested: true, TUN: "tun0", Addrs: []netip.Addr{server.Addr()}, Repair: true})
+	evilListener := evil.listen(t, server)
+	before := l.counters()
+	for i := range tries {
+		check(t, evil.prime(1))
+		client, err := clients.socket()
+		check(t, err)
+		from := netip.AddrPortFrom(a.addr, port(i))
+		check(t, unix.Bind(client, sockaddr(from)))
+		check(t, connect(client, server))
+		check(t, established(client))
+		own, peer, err := numbers(client)
+		check(t, err)
+		check(t, evil.half(server, from, own, peer))
+		check(t, evil.tun.send(segment{src: from, dst: server, flags: ack, seq: own + 1, ack: peer + 1}))
+		stolen, err := accept(evilListener)
+		check(t, err)
+		check(t, errors.Join(send(stolen, "evil"), send(client, "request")))
+		accepted, err := accept(listener)
+		check(t, err)
+		check(t, errors.Join(read(accepted, "request"), send(accepted, "reply"), read(client, "reply")))
+		check(t, errors.Join(silent(client), silent(stolen), vanish(client), vanish(accepted), vanish(stolen)))
+		evil.tun.drain()
+	}
+	l.expect(before, map[string]uint64{"unproven": tries, "lost_race": tries, "remote_server": tries})
+}
+
+// TestSquattedPlace has a server close, and an attacker enrol a connection of its own,
+// whose client has the numbers that the server had, while the server's client still sends.
+func TestSquattedPlace(t *testing.T) {
+	l := newLab(t, datapath.LoadOptions{})
+	a, b, attacker := l.pod("client"), l.pod("server"), l.pod("attacker")
+	server := netip.AddrPortFrom(b.addr, 80)
+	clients, listener := newCell(t, a.Pod, cellOptions{}), newCell(t, b.Pod, cellOptions{}).listen(t, server)
+	evilAt, evilHost := netip.MustParseAddrPort("192.0.2.1:80"), netip.MustParseAddr("192.0.2.2")
+	evil := newCell(t, attacker.Pod, cellOptions{Nested: true, Addrs: []netip.Addr{evilAt.Addr(), evilHost}, Repair: true})
+	evilListener := evil.listen(t, evilAt)
+	before := l.counters()
+	for i := range tries {
+		check(t, evil.prime(3))
+		client, err := clients.socket()
+		check(t, err)
+		check(t, connect(client, server))
+		check(t, established(client))
+		own, peer, err := numbers(client)
+		check(t, err)
+		accepted, err := accept(listener)
+		check(t, err)
+		check(t, errors.Join(send(client, "request"), read(accepted, "request"), send(accepted, "reply"), read(client, "reply")))
+		check(t, unix.Close(accepted))
+		check(t, wait(client, unix.POLLRDHUP))
+
+		from := netip.AddrPortFrom(evilHost, port(i))
+		check(t, evil.timeWaitHere(evilAt, from, peer, own))
+		x, err := evil.forced(from, evilAt, peer)
+		check(t, err)
+		check(t, established(x))
+		y, err := accept(evilListener)
+		check(t, err)
+
+		check(t, send(client, "secret"))
+		check(t, errors.Join(silent(x), silent(y)))
+		check(t, errors.Join(send(x, "mine"), read(y, "mine"), vanish(x), vanish(y), vanish(client)))
+	}
+	d := l.counters().Since(before)
+	l.expect(before, map[string]uint64{"enrolled": 2 * tries, "remote_server": 2 * tries})
+	if got := d.Messages["redirected"]; got.Messages < 3*tries {
+		t.Errorf("%d messages redirected, want all but those to a server that is gone", got.Messages)
+	}
+}
+
+// TestSameAddresses has an attacker give itself the addresses of a client and a
+// server, in a namespace of its own, and connect between the same ports at the
+// same time: the numbers come from the same hash of addresses and ports.
+func TestSameAddresses(t *testing.T) {
+	l := newLab(t, datapath.LoadOptions{})
+	a, b, attacker := l.pod("client"), l.pod("server"), l.pod("attacker")
+	server := netip.AddrPortFrom(b.addr, 80)
+	clients, listener := newCell(t, a.Pod, cellOptions{}), newCell(t, b.Pod, cellOptions{}).listen(t, server)
+	evil := newCell(t, attacker.Pod, cellOptions{Nested: true, Addrs: []netip.Addr{a.addr, b.addr}})
+	evilListener := evil.listen(t, server)
+	before := l.counters()
+	t.Run("at the same time", func(t *testing.T) {
+		for _, side := range []struct {
+			name     string
+			clients  *cell
+			listener int
+		}{{"victim", clients, listener}, {"attacker", evil, evilListener}} {
+			t.Run(side.name, func(t *testing.T) {
+				t.Parallel()
+				for i := range tries {
+					token := fmt.Sprint(side.name, i)
+					check(t, converse(side.clients, side.listener, netip.AddrPortFrom(a.addr, port(i)), server, token))
+				}
+			})
+		}
+	})
+	l.expect(before, map[string]uint64{"enrolled": 2 * tries})
+}
+
+// converse connects, and exchanges a token and an answer to it.
+func converse(clients *cell, listener int, from, to netip.AddrPort, token string) error {
+	client, err := clients.socket()
+	if err != nil {
+		return err
+	}
+	defer unix.Close(client)
+	if from.IsValid() {
+		if err := unix.Bind(client, sockaddr(from)); err != nil {
+			return fmt.Errorf("bind to %s: %w", from, err)
+		}
+	}
+	if err := connect(client, to); err != nil {
+		return err
+	}
+	if err := established(client); err != nil {
+		return err
+	}
+	server, err := accept(listener)
+	if err != nil {
+		return err
+	}
+	err = errors.Join(send(client, token), read(server, token), send(server, "re: "+token), read(client, "re: "+token))
+	return errors.Join(err, silent(client), silent(server), vanish(server))
+}
+
+// port spreads connections over ports, so that none meets remains of another.
+func port(i int) uint16 { return uint16(1024 + i%60000) }
+
+// TestOverheard has a bridge flood frames to all its ports, as one whose
+// forwarding database is full does, and an attacker take a client's addresses,
+// so that it receives a copy of the listener's SYN-ACK.
+func TestOverheard(t *testing.T) {
+	for _, tt := range []struct {
+		name  string
+		plain bool // the client's pod takes no part
+		want  map[string]uint64
+	}{
+		{"two claimants", false, map[string]uint64{"contested": tries, "lost_race": tries}},
+		{"one claimant, who is not the client", true, map[string]uint64{"unproven": tries}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			l := newLab(t, datapath.LoadOptions{})
+			a, b, attacker := l.plain("client"), l.pod("server"), l.pod("attacker")
+			if !tt.plain {
+				l.attach(a.Pod)
+			}
+			check(t, l.node.Do(func() error {
+				var never uint32
+				return netlink.LinkModify(&netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: "cni0"}, AgeingTime: &never})
+			}))
+			server := netip.AddrPortFrom(b.addr, 80)
+			clients, listener := newCell(t, a.Pod, cellOptions{Repair: true}), newCell(t, b.Pod, cellOptions{}).listen(t, server)
+			// What the attacker sends to the server is swallowed by the TUN device.
+			evil := newCell(t, attacker.Pod, cellOptions{TUN: "tun0", Repair: true, Sysctls: map[string]string{
+				"net.ipv4.conf.all.rp_filter": "0", "net.ipv4.conf.default.rp_filter": "0", "net.ipv4.conf.eth0.rp_filter": "0",
+			}})
+			check(t, attacker.Do(func() error {
+				return errors.Join(takeOver(a.addr, a.mac), addRoute("tun0", netip.PrefixFrom(server.Addr(), 32)))
+			}))
+			before := l.counters()
+			for i := range tries {
+				check(t, errors.Join(clients.prime(1), evil.prime(1)))
+				from, number := netip.AddrPortFrom(a.addr, port(i)), rand.Uint32()
+				other, err := evil.forced(from, server, number)
+				check(t, err)
+				client, err := clients.forced(from, server, number)
+				check(t, err)
+				check(t, errors.Join(established(client), established(other)))
+				accepted, err := accept(listener)
+				check(t, err)
+				check(t, errors.Join(send(other, "evil"), send(client, "request"), read(accepted, "request")))
+				check(t, errors.Join(send(accepted, "reply"), read(client, "reply"), silent(client), silent(accepted)))
+				check(t, errors.Join(vanish(client), vanish(other), vanish(accepted)))
+				evil.tun.drain()
+			}
+			d := l.counters().Since(before)
+			l.expect(before, tt.want)
+			if got := d.Messages["redirected"]; got.Messages != 0 {
+				t.Errorf("%d messages redirected, want none", got.Messages)
+			}
+		})
+	}
+}
+
+// takeOver gives the pod's interface another's addresses, in the caller's network namespace.
+func takeOver(addr netip.Addr, mac net.HardwareAddr) error {
+	link, err := netlink.LinkByName(node.IfName)
+	if err == nil {
+		err = netlink.LinkSetHardwareAddr(link, mac)
+	}
+	if err != nil {
+		return fmt.Errorf("take over %s: %w", mac, err)
+	}
+	return addAddr(node.IfName, addr)
+}
+
+// TestSpoofedAddress lets an attacker connect to a server with the address of
+// another host, whose packets it does not receive. It knows no more than
+// it finds out: a listener that is flooded answers with SYN cookies, and another
+// listener in a namespace of the attacker's computes the same cookie.
+func TestSpoofedAddress(t *testing.T) {
+	l := newLab(t, datapath.LoadOptions{})
+	victim, attacker := l.pod("victim"), l.pod("attacker")
+	server, host := netip.AddrPortFrom(victim.addr, 80), elsewhere.Addr().Next().Next()
+	flooded := map[string]string{"net.ipv4.tcp_syncookies": "2"}
+	listener := newCell(t, victim.Pod, cellOptions{Sysctls: flooded}).listen(t, server)
+	spoofer := newCell(t, attacker.Pod, cellOptions{TUN: "tun0", Sysctls: map[string]string{
+		"net.ipv4.conf.all.rp_filter": "0", "net.ipv4.conf.default.rp_filter": "0", "net.ipv4.ip_forward": "1",
+	}})
+	oracle := newCell(t, attacker.Pod, cellOptions{Nested: true, TUN: "tun0", Addrs: []netip.Addr{server.Addr()}, Sysctls: flooded})
+	oracle.listen(t, server)
+	evil := newCell(t, attacker.Pod, cellOptions{Nested: true, TUN: "tun0", Addrs: []netip.Addr{host}, Repair: true})
+	before := l.counters()
+	known := 0
+	for i := range tries {
+		check(t, evil.prime(1))
+		s := segment{src: netip.AddrPortFrom(host, port(i)), dst: server, flags: syn, seq: rand.Uint32()}
+		check(t, spoofer.tun.send(s))
+		guess, err := oracle.tun.ask(s)
+		check(t, err)
+		stolen, err := evil.forged(s.src, server, s.seq, guess.seq)
+		check(t, err)
+		answer, err := l.world.receive(func(a segment) bool { return a.flags == syn|ack && a.ack == s.seq+1 })
+		check(t, err)
+		if answer.seq == guess.seq {
+			known++
+		}
+		// TCP itself believes the sender of the right number.
+		check(t, spoofer.tun.send(segment{src: s.src, dst: server, flags: ack, seq: s.seq + 1, ack: guess.seq + 1, payload: "request"}))
+		if answer.seq != guess.seq {
+			check(t, vanish(stolen))
+			continue
+		}
+		accepted, err := accept(listener)
+		check(t, err)
+		check(t, errors.Join(read(accepted, "request"), send(accepted, "reply"), send(stolen, "evil")))
+		_, err = l.world.receive(func(r segment) bool { return r.dst == s.src && r.payload == "reply" })
+		check(t, err)
+		check(t, errors.Join(silent(stolen), silent(accepted), vanish(stolen), vanish(accepted)))
+		l.world.drain()
+		evil.tun.drain()
+		oracle.tun.drain()
+	}
+	t.Logf("the attacker knew the cookie in %d of %d tries", known, tries)
+	l.expect(before, map[string]uint64{"remote_server": tries})
+}
