@@ -1,6 +1,7 @@
 package hijack_test
 
 import (
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"net/netip"
@@ -50,7 +51,6 @@ func TestClaims(t *testing.T) {
 				for i, s := range syns {
 					stolen[i], err = tt.claim(evil, s.src, s.dst, s.seq, answers[i].seq)
 					check(t, err)
-					check(t, send(stolen[i], "evil"))
 				}
 				for i, s := range syns {
 					l.serve(listener, s, answers[i], stolen[i])
@@ -75,10 +75,7 @@ func (l *lab) serve(listener int, s, answer segment, stolen int) {
 	check(l.t, send(server, reply))
 	_, err = l.world.receive(func(r segment) bool { return r.dst == s.src && r.payload == reply })
 	check(l.t, err)
-	check(l.t, silent(server))
-	check(l.t, silent(stolen))
-	check(l.t, vanish(server))
-	check(l.t, vanish(stolen))
+	check(l.t, errors.Join(silent(stolen), send(stolen, "evil"), silent(server), vanish(server), vanish(stolen)))
 	l.world.drain()
 }
 
