@@ -478,7 +478,6 @@ func TestStuckCall(t *testing.T) {
 			if op == "DropPod" {
 				b.mustAdd(request{})
 			}
-			before := runtime.NumGoroutine()
 			wait := make(chan struct{})
 			b.datapath.block[op] = wait
 			b.budget = 100 * time.Millisecond
@@ -489,12 +488,6 @@ func TestStuckCall(t *testing.T) {
 			}
 			b.wantLines(1, "not done in time")
 			close(wait)
-			// What was left running ends before the directories go.
-			for end := time.Now().Add(10 * time.Second); runtime.NumGoroutine() > before; runtime.Gosched() {
-				if time.Now().After(end) {
-					t.Fatal("a goroutine does not end")
-				}
-			}
 		})
 	}
 }

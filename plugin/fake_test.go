@@ -38,8 +38,10 @@ type fakeDatapath struct {
 	bpffsDev uint64
 	fail     map[string]error         // by operation
 	block    map[string]chan struct{} // by operation: waits until closed
+	during   func(op string)          // called in each operation
 	calls    []string
-	open     int // sets not closed
+	dropped  []string // bpffs and cgroup
+	open     int      // sets not closed
 }
 
 func newFakeDatapath() *fakeDatapath {
@@ -52,8 +54,11 @@ func newFakeDatapath() *fakeDatapath {
 func (f *fakeDatapath) call(name string) error {
 	f.mu.Lock()
 	f.calls = append(f.calls, name)
-	err, wait := f.fail[name], f.block[name]
+	err, wait, during := f.fail[name], f.block[name], f.during
 	f.mu.Unlock()
+	if during != nil {
+		during(name)
+	}
 	if wait != nil {
 		<-wait
 	}
@@ -123,12 +128,13 @@ func (f *fakeDatapath) HasLink(_ string, id uint64) (bool, error) {
 	return f.links[id], err
 }
 
-func (f *fakeDatapath) DropPod(_ string, id uint64) error {
+func (f *fakeDatapath) DropPod(bpffs string, id uint64) error {
 	if err := f.call("DropPod"); err != nil {
 		return err
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	f.dropped = append(f.dropped, fmt.Sprintf("%s %d", bpffs, id))
 	delete(f.links, id)
 	delete(f.pods, id)
 	return nil
@@ -305,6 +311,21 @@ type bench struct {
 	budget   time.Duration
 	step     func(string)
 	logs     syncBuffer
+	running  running
+}
+
+// running counts the verbs that run, those too that their callers have given up.
+// A WaitGroup may not be added to while somebody waits.
+type running struct {
+	mu sync.Mutex
+	n  int
+}
+
+func (r *running) add(n int) int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.n += n
+	return r.n
 }
 
 type syncBuffer struct {
@@ -341,6 +362,11 @@ func newBench(t *testing.T) *bench {
 		budget:   ampleBudget,
 	}
 	t.Cleanup(func() {
+		for end := time.Now().Add(20 * time.Second); b.running.add(0) > 0; time.Sleep(time.Millisecond) {
+			if time.Now().After(end) {
+				t.Fatal("a verb does not end")
+			}
+		}
 		b.datapath.mu.Lock()
 		defer b.datapath.mu.Unlock()
 		if b.datapath.open != 0 && len(b.datapath.block) == 0 {
@@ -358,10 +384,15 @@ func (b *bench) deps() Deps {
 			if err := level.UnmarshalText([]byte(c.LogLevel)); err != nil {
 				b.t.Error(err)
 			}
-			return slog.New(slog.NewTextHandler(&b.logs, &slog.HandlerOptions{Level: level})), io.NopCloser(nil)
+			b.running.add(1) // a verb closes its log last
+			return slog.New(slog.NewTextHandler(&b.logs, &slog.HandlerOptions{Level: level})), closer(func() { b.running.add(-1) })
 		},
 	}
 }
+
+type closer func()
+
+func (c closer) Close() error { c(); return nil }
 
 func (b *bench) plugin(stdout io.Writer) *Plugin {
 	p := New(b.deps(), stdout, slog.New(slog.NewTextHandler(&b.logs, nil)))

@@ -2,10 +2,73 @@ package plugin
 
 import (
 	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
 
 	"github.com/skipstack/skipstack/plugin/datapath"
 	"github.com/skipstack/skipstack/plugin/podcgroup"
+	"github.com/skipstack/skipstack/plugin/podlog"
+	"github.com/skipstack/skipstack/plugin/verdict"
 )
+
+// System returns the [Deps] of a real node. env is the environment that a
+// detached prober gets, but for CNI's variables. Logs go to stderr where the
+// configuration names no file.
+func System(env []string, stderr io.Writer) Deps {
+	return Deps{
+		Datapath: kernel{},
+		Cgroups:  cgroupfs{},
+		Verdicts: probes{},
+		// The running binary, even if an upgrade has replaced it since.
+		Prober: detached{exe: "/proc/self/exe", env: env},
+		Log:    func(conf Config) (*slog.Logger, io.Closer) { return openLog(conf, stderr) },
+	}
+}
+
+func openLog(conf Config, stderr io.Writer) (*slog.Logger, io.Closer) {
+	level, err := podlog.ParseLevel(conf.LogLevel)
+	if err != nil {
+		level = slog.LevelInfo
+	}
+	return podlog.New(podlog.Options{File: conf.LogFile, Stderr: stderr, Level: level, RunDir: conf.RunDir})
+}
+
+// probes is package verdict as [Verdicts].
+type probes struct{}
+
+func asVerdict(v *verdict.Verdict) Verdict {
+	return Verdict{
+		Supported: v.Level != verdict.Unsupported,
+		Node:      v.NodeSettings(),
+		Summary:   v.String(),
+		Document:  v,
+	}
+}
+
+func (probes) Cached(runDir string) (Verdict, error) {
+	v, err := verdict.Cached(runDir)
+	if errors.Is(err, verdict.ErrNoVerdict) {
+		return Verdict{}, fmt.Errorf("%w: %w", ErrNoVerdict, err)
+	}
+	if err != nil {
+		return Verdict{}, err
+	}
+	return asVerdict(v), nil
+}
+
+func (probes) Probe(ctx context.Context, conf Config) (Verdict, error) {
+	root, err := cgroupfs{}.Root(conf.CgroupRoot)
+	if err != nil {
+		return Verdict{}, err
+	}
+	v, err := verdict.Run(ctx, verdict.Env{CgroupRoot: root})
+	if err != nil {
+		return Verdict{}, err
+	}
+	return asVerdict(v), v.Save(conf.RunDir)
+}
 
 // kernel is package datapath as a [Datapath].
 type kernel struct{}

@@ -1,6 +1,7 @@
 package plugin
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -10,6 +11,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/containernetworking/cni/pkg/types"
 
@@ -167,15 +169,79 @@ func TestTwoAttachmentsOnOneCgroup(t *testing.T) {
 		b.mustDel(other)
 		b.mustDel(one)
 		b.wantNothing()
+		if want := []string{"/mnt/other 101", "/sys/fs/bpf 101"}; !reflect.DeepEqual(b.datapath.dropped, want) {
+			t.Errorf("dropped %v, want %v", b.datapath.dropped, want)
+		}
 	})
+	t.Run("an unreadable record", func(t *testing.T) {
+		b := newBench(t)
+		b.mustAdd(one)
+		b.mustAdd(two)
+		b.mustAdd(request{container: "c3"})
+		b.writeRecord(two, "{")
+		// What it wants is not known, so there is no acceleration, and the link
+		// stays until the cgroup goes.
+		b.mustDel(one)
+		b.wantLinks(101)
+		if b.pod(101).Enabled {
+			t.Error("accelerated although one record cannot be read")
+		}
+		b.mustDel(request{container: "c3"})
+		b.wantLinks(101)
+		b.wantLines(1, "corrupt")
+		if _, ok := b.record(request{container: "c3"}); ok {
+			t.Error("the record is left")
+		}
+		b.mustDel(two)
+	})
+}
+
+// The lock is held for every decision over a pod, and not while programs load.
+func TestLockDiscipline(t *testing.T) {
+	b := newBench(t)
+	var mu sync.Mutex
+	held := map[string][]bool{}
+	b.datapath.during = func(op string) {
+		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+		defer cancel()
+		lock, err := b.store().Lock(ctx)
+		if err == nil {
+			lock.Unlock()
+		}
+		mu.Lock()
+		defer mu.Unlock()
+		held[op] = append(held[op], err != nil)
+	}
+	b.mustAdd(request{})
+	b.mustAdd(request{network: "two"})
+	b.mustAdd(request{network: "off", conf: `"mode":"off"`})
+	b.mustAdd(request{container: "bad", cgroup: "pod-b", conf: `"x":1`})
+	b.mustDel(request{network: "two"})
+	b.mustDel(request{network: "off"})
+	b.mustDel(request{})
+	if err := b.gc(request{conf: `"cni.dev/valid-attachments":[]`}); err != nil {
+		t.Error(err)
+	}
+	for op, want := range map[string]bool{
+		"EnsureBPFFS": false, "Load": false,
+		"Attach": true, "Pod": true, "SetPod": true, "SetNode": true, "DropPod": true, "Sweep 4": true, "Sweep 0": true,
+	} {
+		if len(held[op]) == 0 {
+			t.Errorf("%s was not called", op)
+		}
+		for _, got := range held[op] {
+			if got != want {
+				t.Errorf("lock held during %s: %v", op, got)
+			}
+		}
+	}
 }
 
 // writeNewerRecord makes the record of r one of a later format.
 func (b *bench) writeNewerRecord(r request) {
 	b.t.Helper()
 	rec, _ := b.record(r)
-	path := filepath.Join(b.runDir, "attachments", rec.Key.FileName())
-	data, err := os.ReadFile(path)
+	data, err := os.ReadFile(filepath.Join(b.runDir, "attachments", rec.Key.FileName()))
 	if err != nil {
 		b.t.Fatal(err)
 	}
@@ -184,8 +250,17 @@ func (b *bench) writeNewerRecord(r request) {
 	if text == string(data) {
 		b.t.Fatal("the record does not look as expected")
 	}
-	// In place: the index has a hard link to the file.
-	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+	b.writeRecord(r, text)
+}
+
+// writeRecord writes in place: the index has a hard link to the file.
+func (b *bench) writeRecord(r request, text string) {
+	b.t.Helper()
+	rec, ok := b.record(r)
+	if !ok {
+		b.t.Fatal("no record")
+	}
+	if err := os.WriteFile(filepath.Join(b.runDir, "attachments", rec.Key.FileName()), []byte(text), 0o600); err != nil {
 		b.t.Fatal(err)
 	}
 }
@@ -248,10 +323,7 @@ func TestDelPanics(t *testing.T) {
 func TestDelCorruptRecord(t *testing.T) {
 	b := newBench(t)
 	b.mustAdd(request{})
-	rec, _ := b.record(request{})
-	if err := os.WriteFile(filepath.Join(b.runDir, "attachments", rec.Key.FileName()), []byte("{"), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	b.writeRecord(request{}, "{")
 	b.mustDel(request{})
 	if _, ok := b.record(request{}); ok {
 		t.Error("the record is left")
@@ -426,10 +498,7 @@ func TestGC(t *testing.T) {
 	})
 	t.Run("corrupt record", func(t *testing.T) {
 		b := fill(t)
-		rec, _ := b.record(request{container: "c2"})
-		if err := os.WriteFile(filepath.Join(b.runDir, "attachments", rec.Key.FileName()), []byte("{"), 0o600); err != nil {
-			t.Fatal(err)
-		}
+		b.writeRecord(request{container: "c2"}, "{")
 		if err := b.gc(list("[]")); err != nil {
 			t.Error(err)
 		}

@@ -1,0 +1,297 @@
+package cli
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/spf13/cobra"
+
+	"github.com/skipstack/skipstack/plugin"
+	"github.com/skipstack/skipstack/plugin/attachment"
+	"github.com/skipstack/skipstack/plugin/datapath"
+)
+
+// fake stands for the kernel. What a command does is tested in package plugin;
+// here it matters what is passed in and what is said.
+type fake struct {
+	plugin.Datapath // nil: what is not overridden is not called
+	plugin.Set
+
+	loaded  bool
+	build   bool // another build's is loaded
+	node    datapath.NodeSettings
+	pods    map[uint64]datapath.PodSettings
+	fail    error
+	force   bool
+	max     uint32
+	bpffs   string
+	probed  int
+	verdict plugin.Verdict
+}
+
+func (f *fake) Open(bpffs string) (plugin.Set, error) {
+	f.bpffs = bpffs
+	if !f.loaded {
+		return nil, datapath.ErrNotLoaded
+	}
+	return f, f.fail
+}
+func (f *fake) EnsureBPFFS(_ context.Context, path string) error { f.bpffs = path; return f.fail }
+func (f *fake) Upgrade(_ context.Context, _ string, o datapath.LoadOptions) (plugin.Set, bool, error) {
+	if !f.loaded {
+		f.loaded, f.max = true, o.MaxConnections
+	}
+	return f, f.build, nil
+}
+func (f *fake) Sweep(string, int) error              { return f.fail }
+func (f *fake) HasLink(string, uint64) (bool, error) { return f.loaded, nil }
+func (f *fake) Unload(_ context.Context, _ string, force bool) (datapath.Remaining, error) {
+	f.force, f.loaded = force, false
+	return datapath.Remaining{Sockets: 2}, nil
+}
+func (f *fake) SwitchNode(_ string, off bool) (int, error) {
+	if !f.loaded {
+		return 0, nil
+	}
+	f.node.SwitchedOff = off
+	return 1, f.fail
+}
+func (f *fake) Close() error                         { return nil }
+func (f *fake) Node() (datapath.NodeSettings, error) { return f.node, nil }
+func (f *fake) SetNode(n datapath.NodeSettings) error {
+	n.SwitchedOff = f.node.SwitchedOff
+	f.node = n
+	return nil
+}
+func (f *fake) MaxConnections() (uint32, error) { return f.max, nil }
+func (f *fake) Pod(id uint64) (datapath.PodSettings, bool, error) {
+	p, ok := f.pods[id]
+	return p, ok, nil
+}
+func (f *fake) SetPod(id uint64, p datapath.PodSettings) error { f.pods[id] = p; return nil }
+func (f *fake) PodCounters() (map[uint64]datapath.PodCounters, error) {
+	return map[uint64]datapath.PodCounters{7: {Live: 1}, 8: {Live: 3}}, nil
+}
+func (f *fake) Cached(string) (plugin.Verdict, error) { return plugin.Verdict{}, plugin.ErrNoVerdict }
+func (f *fake) Probe(context.Context, plugin.Config) (plugin.Verdict, error) {
+	f.probed++
+	return f.verdict, nil
+}
+
+// Set and Datapath have methods of the same name.
+type verdicts struct{ *fake }
+
+func newFake(t *testing.T) (*fake, string) {
+	f := &fake{
+		pods: map[uint64]datapath.PodSettings{7: {Enabled: true}},
+		verdict: plugin.Verdict{
+			Supported: true, Node: datapath.NodeSettings{Open: true}, Summary: "risky: splice",
+			Document: map[string]any{"verdict": "risky", "risks": []string{"splice"}},
+		},
+	}
+	runDir := filepath.Join(t.TempDir(), "run")
+	return f, runDir
+}
+
+func record(t *testing.T, runDir string) {
+	t.Helper()
+	err := attachment.NewStore(runDir).Put(attachment.Record{
+		Key:          attachment.Key{Network: "n", ContainerID: "c", IfName: "eth0"},
+		PodNamespace: "ns", PodName: "web", Status: attachment.Attached, CgroupID: 7,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// exec runs a command line.
+func exec(f *fake, args ...string) (code int, stdout, stderr string) {
+	var out, errs bytes.Buffer
+	deps := plugin.Deps{Datapath: f, Verdicts: verdicts{f}, Log: func(plugin.Config) (*slog.Logger, io.Closer) {
+		return slog.New(slog.NewTextHandler(&errs, nil)), io.NopCloser(nil)
+	}}
+	custom := &cobra.Command{Use: "custom", RunE: func(*cobra.Command, []string) error { return exitError(42) }}
+	code = Run(context.Background(), args, Streams{In: strings.NewReader(""), Out: &out, Err: &errs}, deps, custom)
+	return code, out.String(), errs.String()
+}
+
+type exitError int
+
+func (e exitError) Error() string { return "custom" }
+func (e exitError) ExitCode() int { return int(e) }
+
+func TestCommands(t *testing.T) {
+	loaded := func(f *fake) { f.loaded, f.max = true, plugin.DefaultMaxConnections }
+	for _, tc := range []struct {
+		name    string
+		args    string // RUN is the run directory
+		prepare func(*fake)
+		pod     bool // one is attached
+		code    int
+		out     []string // substrings; none: nothing is printed
+		err     string
+	}{
+		{name: "no command", code: 0, out: []string{"Usage:", "Exit codes:", "load", "unload", "version"}},
+		{name: "help", args: "unload --help", code: 0, out: []string{"--force", "--config CONFLIST", "--json"}},
+		{name: "unknown command", args: "lode", code: 2, err: `unknown command "lode"`},
+		{name: "unknown flag", args: "load --fast", code: 2, err: "unknown flag: --fast"},
+		{name: "argument", args: "load x", code: 2, err: `unknown command "x"`},
+		{name: "load", args: "load --run-dir RUN", out: []string{"The datapath is loaded (up to 262144 connections).", "Kernel: risky: splice."}},
+		{name: "load again", args: "load --run-dir RUN", prepare: loaded, out: []string{"was loaded already"}},
+		{name: "load another build", args: "load --run-dir RUN", prepare: func(f *fake) { loaded(f); f.build = true }, out: []string{"replaced another build's"}},
+		{name: "load, other size", args: "load --run-dir RUN", prepare: func(f *fake) { loaded(f); f.max = 99 }, out: []string{"up to 99 connections", "maxConnections 262144 takes effect"}},
+		{name: "load, switched off", args: "load --run-dir RUN", prepare: func(f *fake) { loaded(f); f.node.SwitchedOff = true }, out: []string{"skipstack on"}},
+		{name: "load, unsupported", args: "load --run-dir RUN", prepare: func(f *fake) { f.verdict = plugin.Verdict{Summary: "unsupported: order"} }, code: 3, out: []string{"Kernel: unsupported: order."}, err: "pods stay plain"},
+		{name: "load fails", args: "load --run-dir RUN", prepare: func(f *fake) { f.fail = datapath.ErrNoBPFFS }, code: 1, err: "not a BPF file system"},
+		{name: "unload", args: "unload --run-dir RUN", prepare: loaded, out: []string{"Enrolled sockets left: 2."}},
+		{name: "unload in use", args: "unload --run-dir RUN", prepare: loaded, pod: true, code: 3, err: "--force"},
+		{name: "unload by force", args: "unload --run-dir RUN --force", prepare: loaded, pod: true, out: []string{"1 pod detached."}},
+		{name: "off", args: "off --run-dir RUN", prepare: loaded, out: []string{"switched off for this node", "Enrolled sockets left: 4."}},
+		{name: "off, not loaded", args: "off --run-dir RUN", code: 1, err: "not loaded"},
+		{name: "on", args: "on --run-dir RUN", prepare: loaded, out: []string{"switched on for this node"}},
+		{name: "off pod", args: "off --run-dir RUN --pod ns/web", prepare: loaded, pod: true, out: []string{"switched off for pod ns/web", "Enrolled sockets left: 1."}},
+		{name: "off unknown pod", args: "off --run-dir RUN --pod ns/db", prepare: loaded, pod: true, code: 1, err: "no attachment of this pod is recorded on this node: ns/db"},
+		{name: "off malformed pod", args: "off --run-dir RUN --pod web", prepare: loaded, code: 2, err: `--pod "web" is not NAMESPACE/NAME`},
+		{name: "version", args: "version", out: []string{"skipstack ", "CNI specification 0.3.0, 0.3.1, 0.4.0, 1.0.0, 1.1.0"}},
+		{name: "version, argument", args: "version x", code: 2, err: "x"},
+		{name: "probe", args: `probe --entry {"runDir":"RUN"}`, prepare: loaded},
+		{name: "probe, bad entry", args: `probe --entry {"x":1}`, code: 2, err: `unknown key "x"`},
+		{name: "probe, bad descriptor", args: `probe --lock-fd 999`, code: 2, err: "--lock-fd 999"},
+		{name: "config missing", args: "load --config /no/such/file", code: 2, err: "no such file"},
+		{name: "other command", args: "custom", code: 42, err: "custom"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			f, runDir := newFake(t)
+			if tc.prepare != nil {
+				tc.prepare(f)
+			}
+			if tc.pod {
+				record(t, runDir)
+			}
+			code, out, errs := exec(f, strings.Fields(strings.ReplaceAll(tc.args, "RUN", runDir))...)
+			if code != tc.code {
+				t.Errorf("exit code %d, want %d", code, tc.code)
+			}
+			for _, want := range tc.out {
+				if !strings.Contains(out, want) {
+					t.Errorf("stdout does not say %q:\n%s", want, out)
+				}
+			}
+			if len(tc.out) == 0 && out != "" {
+				t.Errorf("stdout: %s", out)
+			}
+			if tc.err == "" && errs != "" || !strings.Contains(errs, tc.err) {
+				t.Errorf("stderr: %s", errs)
+			}
+			if strings.Contains(errs, "Usage:") {
+				t.Errorf("stderr repeats the usage: %s", errs)
+			}
+		})
+	}
+}
+
+func TestJSON(t *testing.T) {
+	for args, want := range map[string]string{
+		"load --run-dir RUN --json":             `{"was":"nothing","maxConnections":262144,"open":true,"switchedOff":false,"verdict":{"risks":["splice"],"verdict":"risky"}}`,
+		"unload --run-dir RUN --force --json":   `{"detached":0,"sockets":2}`,
+		"off --run-dir RUN --json":              `{"switchedOff":true,"sockets":4}`,
+		"on --run-dir RUN --json":               `{"switchedOff":false,"sockets":4}`,
+		"off --run-dir RUN --pod ns/web --json": `{"switchedOff":true,"sockets":1}`,
+	} {
+		f, runDir := newFake(t)
+		if !strings.HasPrefix(args, "load") {
+			f.loaded = true
+		}
+		if strings.Contains(args, "--pod") {
+			record(t, runDir)
+		}
+		code, out, errs := exec(f, strings.Fields(strings.ReplaceAll(args, "RUN", runDir))...)
+		var compact bytes.Buffer
+		if err := json.Compact(&compact, []byte(out)); err != nil || code != 0 || errs != "" {
+			t.Errorf("%s: code %d, %v, stderr %s", args, code, err, errs)
+		}
+		if got := strings.TrimSpace(compact.String()); got != want {
+			t.Errorf("%s:\ngot  %s\nwant %s", args, got, want)
+		}
+	}
+
+	code, out, _ := exec(&fake{}, "version", "--json")
+	var v struct {
+		Version string   `json:"version"`
+		CNI     []string `json:"cniVersions"`
+	}
+	if err := json.Unmarshal([]byte(out), &v); err != nil || code != 0 || v.Version == "" || len(v.CNI) != 5 {
+		t.Errorf("code %d, error %v: %s", code, err, out)
+	}
+}
+
+// The conflist says where skipstack is; flags win over it.
+func TestConfigFlag(t *testing.T) {
+	f, runDir := newFake(t)
+	file := filepath.Join(t.TempDir(), "10.conflist")
+	write := func(entry string) {
+		t.Helper()
+		if err := os.WriteFile(file, fmt.Appendf(nil, `{"name":"n","plugins":[{"type":"ptp"},%s]}`, entry), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write(fmt.Sprintf(`{"type":"skipstack","bpffs":"/mnt/bpf","runDir":%q,"maxConnections":99}`, runDir))
+	if code, _, errs := exec(f, "load", "--config", file); code != 0 || f.bpffs != "/mnt/bpf" || f.max != 99 {
+		t.Errorf("code %d, bpffs %s, size %d: %s", code, f.bpffs, f.max, errs)
+	}
+	if code, _, errs := exec(f, "load", "--config", file, "--bpffs", "/mnt/other"); code != 0 || f.bpffs != "/mnt/other" {
+		t.Errorf("code %d, bpffs %s: %s", code, f.bpffs, errs)
+	}
+	here, err := os.Getwd()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if code, _, errs := exec(f, "load", "--config", file, "--bpffs", "x/../y"); code != 0 || f.bpffs != filepath.Join(here, "y") {
+		t.Errorf("code %d, bpffs %s: %s", code, f.bpffs, errs)
+	}
+	for _, entry := range []string{`{"type":"skipstack","x":1}`, `{"type":"bridge"}`, `{`} {
+		write(entry)
+		f.probed = 0
+		if code, out, errs := exec(f, "load", "--config", file); code != 2 || out != "" || !strings.Contains(errs, file) || f.probed != 0 {
+			t.Errorf("%s: code %d, %s%s", entry, code, out, errs)
+		}
+	}
+}
+
+// Two command lines at once share nothing.
+func TestNoSharedState(t *testing.T) {
+	one, two := &fake{loaded: true}, &fake{loaded: true}
+	exec(one, "off", "--bpffs", "/a", "--json")
+	exec(two, "off")
+	if one.bpffs != "/a" || two.bpffs != plugin.DefaultBPFFS {
+		t.Errorf("bpffs %s and %s", one.bpffs, two.bpffs)
+	}
+}
+
+func TestExplain(t *testing.T) {
+	for _, tc := range []struct {
+		err  error
+		want string
+	}{
+		{fmt.Errorf("x: %w", attachment.ErrBusy), "try again"},
+		{fmt.Errorf("x: %w", datapath.ErrBusy), "try again"},
+		{fmt.Errorf("x: %w", datapath.ErrInUse), "--force"},
+		{fmt.Errorf("x: %w", datapath.ErrNotLoaded), "skipstack load"},
+	} {
+		if got := explain(tc.err); !errors.Is(got, tc.err) || !strings.Contains(got.Error(), tc.want) {
+			t.Errorf("%v: %v", tc.err, got)
+		}
+	}
+	if got := explain(os.ErrPermission); (os.Geteuid() != 0) != strings.Contains(got.Error(), "as root") {
+		t.Errorf("permission: %v", got)
+	}
+}

@@ -1,0 +1,230 @@
+package cli
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"runtime/debug"
+	"strings"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"github.com/skipstack/skipstack/plugin"
+	"github.com/skipstack/skipstack/plugin/datapath"
+)
+
+func (c *cli) load() *cobra.Command {
+	return c.command("load", "Load the datapath, or replace another build's",
+		`The first pod's ADD loads the datapath by itself; load does it beforehand, and
+says what the kernel is fit for. After an upgrade or downgrade of skipstack it puts
+this build's programs in place of the loaded ones; connections that are accelerated
+go on with the programs they have.
+
+It mounts a BPF file system where there is none.`, true,
+		func(cmd *cobra.Command, conf plugin.Config, asJSON bool) error {
+			got, err := plugin.NewNode(c.deps).Load(cmd.Context(), conf)
+			if err != nil {
+				return err
+			}
+			var unfit error
+			if !got.Verdict.Supported {
+				unfit = fmt.Errorf("%w, pods stay plain: %s", datapath.ErrUnsupported, got.Verdict.Summary)
+			}
+			if asJSON {
+				return errors.Join(c.printJSON(struct {
+					Was            string `json:"was"`
+					MaxConnections uint32 `json:"maxConnections"`
+					Open           bool   `json:"open"`
+					SwitchedOff    bool   `json:"switchedOff"`
+					Verdict        any    `json:"verdict"`
+				}{got.Was, got.MaxConnections, got.Node.Open, got.Node.SwitchedOff, got.Verdict.Document}), unfit)
+			}
+			did := map[string]string{
+				"nothing":       "is loaded",
+				"this build":    "was loaded already",
+				"another build": "replaced another build's",
+			}[got.Was]
+			if err := c.printf("The datapath %s (up to %s).\nKernel: %s.\n", did, plural(uint64(got.MaxConnections), "connection"), got.Verdict.Summary); err != nil {
+				return err
+			}
+			if got.MaxConnections != conf.MaxConnections {
+				err = c.printf("maxConnections %d takes effect when it is unloaded and loaded again.\n", conf.MaxConnections)
+			}
+			if err == nil && got.Node.SwitchedOff {
+				err = c.printf("Acceleration is switched off on this node: `skipstack on` switches it on.\n")
+			}
+			return errors.Join(err, unfit)
+		})
+}
+
+func (c *cli) unload() *cobra.Command {
+	var force bool
+	cmd := c.command("unload", "Take the datapath away",
+		`Refuses while pods are attached, unless forced: then they are plain until they are
+restarted. No connection loses a byte; those that are accelerated go on by TCP, and
+keep programs loaded until they close. Run it again then to remove the rest.`, true,
+		func(cmd *cobra.Command, conf plugin.Config, asJSON bool) error {
+			got, err := plugin.NewNode(c.deps).Unload(cmd.Context(), conf, force)
+			if err != nil {
+				return err
+			}
+			if asJSON {
+				return c.printJSON(struct {
+					Detached int    `json:"detached"`
+					Sockets  uint64 `json:"sockets"`
+				}{got.Detached, got.Sockets})
+			}
+			if got.Detached > 0 {
+				if err := c.printf("%s detached.\n", plural(got.Detached, "pod")); err != nil {
+					return err
+				}
+			}
+			if got.Sockets > 0 {
+				return c.printf("Enrolled sockets left: %d. They go on by TCP; unload again when they have closed.\n", got.Sockets)
+			}
+			return c.printf("The datapath is unloaded.\n")
+		})
+	cmd.Flags().BoolVar(&force, "force", false, "unload although pods are attached")
+	return cmd
+}
+
+func (c *cli) on() *cobra.Command {
+	return c.switchCommand("on", "Switch acceleration on, for the node or one pod", false,
+		`Undoes off. It does not accelerate what the configuration, an annotation or the
+kernel's verdict rules out.`)
+}
+
+func (c *cli) off() *cobra.Command {
+	return c.switchCommand("off", "Switch acceleration off, for the node or one pod", true,
+		`Takes effect at once, for live connections too: they go on by TCP and lose nothing.
+Their sockets cost a little until they close; off says how many there are.
+It lasts until on, for a pod also until it is deleted, and until the datapath is
+unloaded. To keep pods from being accelerated for good, set "mode" to "off" in the
+conflist.
+
+For the node it also reaches programs whose BPF file system was unmounted, or belongs to
+another mount namespace.`)
+}
+
+func (c *cli) switchCommand(use, short string, off bool, long string) *cobra.Command {
+	var pod string
+	cmd := c.command(use, short, long, true,
+		func(cmd *cobra.Command, conf plugin.Config, asJSON bool) error {
+			node := plugin.NewNode(c.deps)
+			var got plugin.Switched
+			var err error
+			what := "this node"
+			if pod == "" {
+				got, err = node.Switch(conf, off)
+			} else {
+				namespace, name, ok := strings.Cut(pod, "/")
+				if !ok || namespace == "" || name == "" || strings.Contains(name, "/") {
+					return fmt.Errorf("--pod %q is not NAMESPACE/NAME; %w", pod, errUsage)
+				}
+				what = "pod " + pod
+				got, err = node.SwitchPod(cmd.Context(), conf, namespace, name, off)
+			}
+			if err != nil {
+				return err
+			}
+			if asJSON {
+				return c.printJSON(struct {
+					SwitchedOff bool   `json:"switchedOff"`
+					Sockets     uint64 `json:"sockets"`
+				}{off, got.Sockets})
+			}
+			if err := c.printf("Acceleration is switched %s for %s.\n", use, what); err != nil {
+				return err
+			}
+			if !off {
+				return nil
+			}
+			return c.printf("Enrolled sockets left: %d. They go on by TCP until they close.\n", got.Sockets)
+		})
+	cmd.Flags().StringVar(&pod, "pod", "", "only this pod, `NAMESPACE/NAME`")
+	return cmd
+}
+
+func (c *cli) version() *cobra.Command {
+	var asJSON bool
+	cmd := &cobra.Command{
+		Use:   "version",
+		Short: "Print the version of skipstack and of the CNI specification",
+		Args:  cobra.NoArgs,
+		RunE: func(*cobra.Command, []string) error {
+			v := struct {
+				Version  string   `json:"version"`
+				Revision string   `json:"revision,omitempty"`
+				Modified bool     `json:"modified,omitempty"`
+				Go       string   `json:"go"`
+				CNI      []string `json:"cniVersions"`
+			}{Version: "unknown", CNI: plugin.SupportedVersions().SupportedVersions()}
+			if info, ok := debug.ReadBuildInfo(); ok {
+				v.Version, v.Go = info.Main.Version, info.GoVersion
+				for _, s := range info.Settings {
+					switch s.Key {
+					case "vcs.revision":
+						v.Revision = s.Value
+					case "vcs.modified":
+						v.Modified = s.Value == "true"
+					}
+				}
+			}
+			if asJSON {
+				return c.printJSON(v)
+			}
+			revision := ""
+			if v.Revision != "" {
+				revision = ", revision " + v.Revision
+				if v.Modified {
+					revision += " (modified)"
+				}
+			}
+			return c.printf("skipstack %s%s, %s\nCNI specification %s\n", v.Version, revision, v.Go, strings.Join(v.CNI, ", "))
+		},
+	}
+	cmd.Flags().BoolVar(&asJSON, "json", false, "print JSON")
+	return cmd
+}
+
+// probe is what an ADD runs detached; see plugin.Prober.
+func (c *cli) probe() *cobra.Command {
+	var (
+		entry  string
+		lockFD int
+		load   bool
+	)
+	cmd := &cobra.Command{
+		Use:    "probe",
+		Short:  "Probe the kernel, cache the verdict and open the node's gate",
+		Hidden: true,
+		Args:   cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			var held *os.File
+			if lockFD >= 0 {
+				// Close-on-exec, or the workers of the probe would keep the lock.
+				if _, err := unix.FcntlInt(uintptr(lockFD), unix.F_SETFD, unix.FD_CLOEXEC); err != nil {
+					return fmt.Errorf("--lock-fd %d: %w", lockFD, err)
+				}
+				held = os.NewFile(uintptr(lockFD), "probe lock")
+			}
+			conf, err := plugin.ParseConfig([]byte(entry))
+			if err != nil {
+				return fmt.Errorf("--entry: %w", err)
+			}
+			log, closer := c.deps.Log(conf)
+			defer closer.Close()
+			if err := plugin.NewNode(c.deps).Probe(cmd.Context(), conf, load, held); err != nil {
+				log.Warn("the kernel was not probed, so pods stay plain: run `skipstack load`", "error", err.Error())
+				return &failed{err}
+			}
+			return nil
+		},
+	}
+	f := cmd.Flags()
+	f.StringVar(&entry, "entry", "{}", "configuration, as in a conflist")
+	f.IntVar(&lockFD, "lock-fd", -1, "descriptor that holds the probe lock")
+	f.BoolVar(&load, "load", false, "load the datapath if it is not loaded")
+	return cmd
+}
