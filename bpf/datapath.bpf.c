@@ -100,13 +100,9 @@ static __always_inline void syn_received(struct bpf_sock_ops *ctx, const struct 
 
 	if (!req)
 		return;
-	/* With a SYN cookie the request is forgotten, and nothing would tie the
-	 * server's socket to it. So a flood leaves no records either. */
-	if (BPF_CORE_READ_BITFIELD_PROBED(req, req.req.syncookie))
-		return;
 	listener = BPF_CORE_READ(req, req.req.__req_common.skc_listener);
 	if (!listener)
-		return;
+		return; /* a SYN cookie: this request is thrown away */
 	pod = pod_of(BPF_CORE_READ(listener, sk_cgrp_data.cgroup), &c.server_pod);
 	if (!pod || !pod_open(ctl, pod))
 		return;

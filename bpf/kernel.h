@@ -121,7 +121,6 @@ struct tcp_sock {
 
 struct request_sock {
 	struct sock_common __req_common; /* rsk_listener is in here */
-	__u8 syncookie : 1;
 };
 
 struct inet_request_sock {
