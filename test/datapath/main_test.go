@@ -17,6 +17,9 @@ import (
 )
 
 func TestMain(m *testing.M) {
+	if data, err := os.ReadFile("/proc/sys/net/ipv4/tcp_mem"); err == nil {
+		os.Setenv(tcpMemEnv, string(data))
+	}
 	os.Exit(node.Main(m, node.MainOptions{
 		Workers: map[string]node.Worker{traffic.WorkerName: traffic.Worker},
 		Tools:   []string{"bridge", "host-local"},

@@ -237,30 +237,36 @@ func Poll(fd int, events int16, wait time.Duration) (int16, error) {
 	}
 }
 
-// Fill writes msg over and over until the socket has refused it and poll has said
-// "not writable" for the given time, and returns how many bytes it took.
-func (c *Conn) Fill(msg []byte, stopped time.Duration) (int64, error) {
-	var total int64
-	for {
-		n, err := unix.Write(c.FD, msg)
-		if err == nil {
-			total += int64(n)
-			continue
+// A Filler writes a stream to a connection for as long as the socket takes it.
+type Filler struct {
+	Conn    *Conn
+	Stream  *Stream
+	Total   int64 // bytes that were taken
+	pending []byte
+	buf     [64 << 10]byte
+}
+
+// Fill writes messages of the given size, up to 64 KiB, until the socket refuses
+// one or has taken so many. It does not wait.
+func (f *Filler) Fill(size, messages int) (refused bool, err error) {
+	for messages > 0 {
+		if len(f.pending) == 0 {
+			f.pending = f.buf[:len(f.buf)/size*size]
+			f.Stream.Next(f.pending)
 		}
-		if errors.Is(err, unix.EINTR) {
-			continue
-		}
-		if !errors.Is(err, unix.EAGAIN) {
-			return total, err
-		}
-		ready, err := Poll(c.FD, unix.POLLOUT, stopped)
-		if err != nil {
-			return total, err
-		}
-		if ready == 0 {
-			return total, nil
+		n, err := unix.Write(f.Conn.FD, f.pending[:min(size, len(f.pending))])
+		switch {
+		case err == nil:
+			f.pending = f.pending[n:]
+			f.Total += int64(n)
+			messages--
+		case errors.Is(err, unix.EAGAIN):
+			return true, nil
+		case !errors.Is(err, unix.EINTR):
+			return false, err
 		}
 	}
+	return false, nil
 }
 
 func sockaddr(a netip.AddrPort, family int) unix.Sockaddr {

@@ -1,0 +1,121 @@
+package datapath_test
+
+import (
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net/netip"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/skipstack/skipstack/plugin/datapath"
+	"github.com/skipstack/skipstack/test/datapath/traffic"
+)
+
+// TestFunnelUnderLoss sends everything by TCP over a network that loses segments.
+// A sender whose small segments were lost, or whose acknowledgements were, sends
+// them again as one, of which the receiver has a part: that part must not be read
+// twice. On the loopback interface, segments are so long that the part is longer
+// than what the kernel lets a program cut off at once.
+func TestFunnelUnderLoss(t *testing.T) {
+	loopback := netip.MustParseAddr("127.0.0.1")
+	for _, c := range []struct {
+		name     string
+		loopback bool
+		plan     traffic.Plan
+	}{
+		{"veth", false, traffic.Plan{Bytes: 100_000, MaxWrite: 1000, Paced: 50_000}},
+		{"loopback", true, traffic.Plan{Bytes: 2_000_000, MaxWrite: 32_000, Paced: 50_000}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			l := newLab(t, datapath.NodeSettings{Funnel: true}, datapath.LoadOptions{})
+			client, server := l.pod("client", enabled), l.pod("server", enabled)
+			addr := server.at(false, 0)
+			if c.loopback {
+				client, addr = server, netip.AddrPortFrom(loopback, 0)
+			}
+			for _, p := range []*pod{client, server} {
+				p.fastRecovery(t)
+				p.sysctl(t, "net/ipv4/tcp_sack", "0") // so the sender does not know what arrived behind a gap
+			}
+			tl := server.listen(t, addr, traffic.SocketOptions{})
+			var ends [40][2]*traffic.Conn
+			for i := range ends {
+				ends[i][0], ends[i][1] = client.pair(t, tl, traffic.SocketOptions{})
+				for _, end := range ends[i] {
+					check(t, end.Set(unix.TCP_NODELAY, 1))
+				}
+			}
+			l.enrolled(datapath.Counters{}, uint64(len(ends)))
+			l.gate(false)
+			server.drop(t, 10, 0)
+			if !c.loopback {
+				client.drop(t, 10, 0)
+			}
+			ended := make(chan error, len(ends))
+			for i, end := range ends {
+				ab, ba := c.plan, c.plan
+				ab.Seed, ba.Seed = rand.Uint64(), rand.Uint64()
+				go func() {
+					err := traffic.Exchange(end[0], end[1], ab, ba)
+					if err = errors.Join(err, end[0].Close(), end[1].Close()); err != nil {
+						err = fmt.Errorf("connection %d: %w", i, err)
+					}
+					ended <- err
+				}()
+			}
+			for range ends {
+				if err := <-ended; err != nil {
+					t.Error(err)
+				}
+			}
+			n := l.counters()
+			t.Log(nonZero(n))
+			if n.Events["trimmed_bytes"] == 0 || n.Events["funneled"] == 0 {
+				t.Errorf("nothing was sent again in part: this run tests nothing: %v", nonZero(n))
+			}
+			if n.Messages["redirected"].Messages != 0 {
+				t.Errorf("redirected with the gate closed: %v", nonZero(n))
+			}
+		})
+	}
+}
+
+// TestFIONREAD compares what ioctl(FIONREAD) says with what can be read, by TCP
+// and by redirecting, mixed.
+func TestFIONREAD(t *testing.T) {
+	l := newLab(t, datapath.NodeSettings{Funnel: true}, datapath.LoadOptions{})
+	client, server := l.pod("client", enabled), l.pod("server", enabled)
+	a, b := client.pair(t, server.listen(t, server.at(false, 0), traffic.SocketOptions{}), traffic.SocketOptions{})
+	sent, got := traffic.NewStream(1), traffic.NewStream(1)
+	unread := func(want int) {
+		t.Helper()
+		wait(t, "FIONREAD says what can be read", func() (string, bool) {
+			n := must(b.Unread())(t)
+			return fmt.Sprintf("%d, want %d", n, want), n == want
+		})
+	}
+	unread(0)
+	write(t, a, sent, 5000)
+	l.expect(datapath.Counters{}, "redirected", 1)
+	unread(5000)
+	l.gate(false)
+	write(t, a, sent, 3000)
+	l.expect(datapath.Counters{}, "switched_off", 1)
+	unread(8000)
+	drained(t, a)
+	l.gate(true)
+	write(t, a, sent, 1000)
+	l.expect(datapath.Counters{}, "redirected", 2)
+	unread(9000)
+	read(t, b, got, 4000)
+	unread(5000)
+	read(t, b, got, 2500)
+	unread(2500)
+	l.gate(false)
+	write(t, a, sent, 100)
+	unread(2600)
+	read(t, b, got, 2600)
+	unread(0)
+}
