@@ -117,7 +117,7 @@ const (
 	// that redirecting and TCP take turns all the time.
 	shuffleUnread      = 8 << 10
 	shuffleConnections = 4
-	shuffleBytes       = 1 << 20 // each way on each connection
+	shuffleBytes       = 1 << 20 // at most, each way on each connection
 	shuffleMessage     = 5000    // at most
 	shuffleWindow      = 4 << 10
 )
@@ -156,14 +156,18 @@ func shuffle(l lab) (finding, error) {
 			flows = append(flows, fl)
 		}
 	}
+	// A slow machine sends less, but reads all of it.
+	stop := time.Now().Add(time.Until(l.deadline) / 3)
 	var wg sync.WaitGroup
 	errs := make([]error, 2*len(flows))
 	for i, fl := range flows {
-		wg.Go(func() { errs[2*i] = fl.write() })
+		wg.Go(func() { errs[2*i] = fl.write(stop) })
 		wg.Go(func() { errs[2*i+1] = fl.read() })
 	}
 	wg.Wait()
-	f.Sent += uint64(len(flows)) * shuffleBytes
+	for _, fl := range flows {
+		f.Sent += uint64(fl.sent)
+	}
 	for _, err := range errs { // one fault says more than the timeouts it leads to
 		if errors.Is(err, errWrong) {
 			return asFault(f, err)
@@ -270,8 +274,8 @@ type flow struct {
 	changed  sync.Cond
 	sent     int
 	received int
-	stuck    bool // the writer waits for the reader, which must not wait now
-	over     bool // the reader is done, in whatever way
+	stuck    bool // the writer sends no more before the reader reads, or at all
+	over     bool // the reader reads no more
 }
 
 func newFlow(l lab, from, to sock, seed uint64) *flow {
@@ -288,11 +292,12 @@ func (f *flow) tell(change func()) {
 	f.changed.Broadcast()
 }
 
-func (f *flow) write() error {
+// write sends until the stream is long enough, or time is up.
+func (f *flow) write(stop time.Time) error {
 	random := rand.New(rand.NewPCG(f.seed, 1))
 	sent := 0
 	defer func() { f.tell(func() { f.stuck = true }) }()
-	for sent < shuffleBytes {
+	for sent < shuffleBytes && time.Now().Before(stop) {
 		msg := f.content.at(sent, min(1+random.IntN(shuffleMessage), shuffleBytes-sent))
 		n, err := unix.SendmsgN(f.from.fd, msg, nil, nil, unix.MSG_NOSIGNAL)
 		switch err {
@@ -354,18 +359,23 @@ func (f *flow) pileUp(n int) {
 	f.mu.Unlock()
 }
 
+// read reads to the end of the stream, which must come when all was read that was
+// sent.
 func (f *flow) read() error {
 	random := rand.New(rand.NewPCG(f.seed, 2))
 	buf := make([]byte, 4*shuffleMessage)
 	defer func() { f.tell(func() { f.over = true }) }()
-	for got := 0; got < shuffleBytes; {
+	for got := 0; ; {
 		if !f.rush || random.IntN(16) == 0 {
 			f.pileUp(random.IntN(3 * shuffleUnread))
 		}
-		for batch := 1 + random.IntN(8); batch > 0 && got < shuffleBytes; batch-- {
+		for batch := 1 + random.IntN(8); batch > 0; batch-- {
 			n, err := f.recv(f.to, buf[:1+random.IntN(len(buf))])
+			if err == io.EOF {
+				return f.complete(got)
+			}
 			if err != nil {
-				return fmt.Errorf("%w (after %d of %d bytes)", eofIsWrong(err), got, shuffleBytes)
+				return fmt.Errorf("%w (after %d bytes)", err, got)
 			}
 			if !f.content.matches(got, buf[:n]) {
 				return fmt.Errorf("%w: between byte %d and %d", errWrong, got, got+n)
@@ -374,7 +384,16 @@ func (f *flow) read() error {
 			f.tell(func() { f.received = got })
 		}
 	}
-	return f.expectEOF(f.to)
+}
+
+// complete tells if the stream may end after so many bytes.
+func (f *flow) complete(got int) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if got != f.sent {
+		return fmt.Errorf("%w: the stream ends after %d of %d bytes", errWrong, got, f.sent)
+	}
+	return nil
 }
 
 // Sizes of the messages of countWaiting.

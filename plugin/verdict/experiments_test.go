@@ -78,7 +78,7 @@ func TestFlowSees(t *testing.T) {
 				written <- err
 			}()
 			f := newFlow(l, client, server, 7)
-			f.stuck = true // nobody tells how far the writer is
+			f.sent, f.stuck = shuffleBytes, true
 			err = f.read()
 			if tc.ok && err != nil || !tc.ok && !errors.Is(err, errWrong) {
 				t.Error(err)

@@ -30,7 +30,7 @@ func (p *prober) redirect(ctx context.Context) error {
 }
 
 // leastTurns is how many messages must have gone each way for order to be shown.
-const leastTurns = 100
+const leastTurns = 30
 
 // order asks whether bytes stay in order when redirecting and TCP take turns.
 func (p *prober) order(ctx context.Context) error {

@@ -20,6 +20,14 @@ import (
 )
 
 const (
+	// Times are those of an ordinary machine, where loading the programs and
+	// starting the worker takes less than ordinaryStart; a slower one (busy, or
+	// emulated) has proportionally more, but no more than slowest times as much.
+	ordinaryStart = 400 * time.Millisecond
+	slowest       = 20
+	// hello is how long the first worker may take to answer.
+	hello = 2 * time.Second
+
 	// budget is how long all experiments may take, loading aside.
 	budget = 2300 * time.Millisecond
 	// patience is how long one attempt at an experiment may take at most, and
@@ -28,7 +36,7 @@ const (
 	grace    = 100 * time.Millisecond
 	// attempts at an experiment that does not come off: a busy machine may miss
 	// the few milliseconds in which a connection can be claimed.
-	attempts = 3
+	attempts = 10
 	// settle is how long the kernel may take to report bytes that have arrived.
 	// What it does in the sender's context takes no time.
 	settle      = 150 * time.Millisecond
@@ -50,9 +58,9 @@ type Env struct {
 	workerArgs []string // tests: in place of WorkerArg
 }
 
-// Run probes the kernel. It takes about half a second, and less than three
-// whatever the kernel does. A probe that hangs is given up and takes no other
-// with it.
+// Run probes the kernel. On an ordinary machine it takes about half a second, and
+// less than three whatever the kernel does. A probe that hangs is given up and
+// takes no other with it.
 //
 // An error means that there is no verdict: the caller may not probe
 // ([ErrPrivilege]), or ctx ended. The scratch cgroup and the worker are gone when
@@ -79,6 +87,7 @@ func Run(ctx context.Context, env Env) (*Verdict, error) {
 	if err := features.HaveProgramType(ebpf.SkMsg); errors.Is(err, fs.ErrPermission) {
 		return nil, privilege(fmt.Errorf("load BPF programs: %w", err))
 	}
+	start := time.Now()
 	set, err := datapath.LoadPrivate(datapath.LoadOptions{MaxConnections: probeConnections})
 	if errors.Is(err, datapath.ErrUnsupported) {
 		v.unloadable(err)
@@ -88,7 +97,7 @@ func Run(ctx context.Context, env Env) (*Verdict, error) {
 		return nil, privilege(err)
 	}
 	v.set(ProbeLoad, OK, "the BPF programs load")
-	p := &prober{env: env, set: set, v: v}
+	p := &prober{env: env, set: set, v: v, start: start}
 	err = p.probe(ctx)
 	if err = errors.Join(err, p.close()); err != nil {
 		return nil, err
@@ -140,17 +149,17 @@ func checkCgroup2(path string) error {
 
 // unloadable is the verdict on a kernel that refuses the programs.
 func (v *Verdict) unloadable(err error) {
-	text, _, _ := strings.Cut(err.Error(), "\n") // the verifier's log is long
 	for _, k := range kinds {
 		v.set(k.name, CouldNotTell, "not tried: the programs do not load")
 	}
-	v.set(ProbeLoad, NotOK, text)
+	v.set(ProbeLoad, NotOK, err.Error())
 	v.set(ProbeSplice, NotOK, noGuard)
 	v.conclude()
 }
 
 // set records a probe's outcome.
 func (v *Verdict) set(name string, r Result, detail string) {
+	detail, _, _ = strings.Cut(detail, "\n") // joined errors and the verifier's log have more
 	i := slices.IndexFunc(v.Probes, func(p Probe) bool { return p.Name == name })
 	v.Probes[i] = Probe{name, r, detail}
 }
@@ -163,8 +172,11 @@ type prober struct {
 	scratch *scratch
 	worker  *worker
 	node    datapath.NodeSettings
+	start   time.Time // of loading
 	end     time.Time // of the budget
 	left    int       // probes that share what is left of it, this one included
+
+	slowness time.Duration // factor of all times
 }
 
 // close ends the worker first, whose sockets the datapath serves, and removes
@@ -197,11 +209,12 @@ func (p *prober) probe(ctx context.Context) (err error) {
 	if err := p.attach(); err != nil {
 		return err
 	}
-	p.end = time.Now().Add(budget)
 	// The first worker must start: what keeps it from it is no verdict.
-	if err := p.startWorker(ctx); err != nil {
+	if err := p.startWorker(ctx, hello+time.Since(p.start)); err != nil {
 		return privilege(err)
 	}
+	p.slowness = min(1+time.Since(p.start)/ordinaryStart, slowest)
+	p.end = time.Now().Add(budget * p.slowness)
 	judges := []func(context.Context) error{
 		p.fionread, // tells how the datapath is to be set up for the others
 		p.redirect, p.charged, p.epoll,
@@ -243,13 +256,13 @@ func (p *prober) reload() error {
 	return p.attach()
 }
 
-func (p *prober) startWorker(ctx context.Context) error {
+func (p *prober) startWorker(ctx context.Context, within time.Duration) error {
 	w, err := startWorker(p.env.Exe, p.env.workerArgs, p.scratch.dir)
 	if err != nil {
 		return err
 	}
 	p.worker = w
-	r, err := p.await(ctx, patience+grace)
+	r, err := p.await(ctx, within)
 	if err == nil && r.Error != "" {
 		err = errors.New(r.Error)
 	}
@@ -311,21 +324,20 @@ func (o observation) passed() string {
 // share is how long the next attempt may take, so that the probes that hang leave
 // time to the others.
 func (p *prober) share() time.Duration {
-	return min(patience, time.Until(p.end)/time.Duration(p.left)-grace)
+	return min(patience*p.slowness, time.Until(p.end)/time.Duration(p.left)-grace*p.slowness)
 }
 
 // observe makes an experiment, again if it does not come off. Its connections
 // must be enrolled all, else it says nothing.
 func (p *prober) observe(ctx context.Context, name string, unreadLimit uint32, settle time.Duration) (observation, error) {
 	var o observation
+	start := time.Now()
 	for range attempts {
-		start := time.Now()
 		var err error
 		if o, err = p.attempt(ctx, name, unreadLimit, settle); err != nil || o.trouble == "" {
 			return o, err
 		}
-		hung := p.worker == nil
-		if hung || p.share() < patience && time.Since(start) > grace {
+		if hung := p.worker == nil; hung || time.Since(start) > patience*p.slowness {
 			break
 		}
 	}
@@ -342,7 +354,7 @@ func (p *prober) attempt(ctx context.Context, name string, unreadLimit uint32, s
 		return o, nil
 	}
 	if p.worker == nil {
-		if err := p.startWorker(ctx); err != nil {
+		if err := p.startWorker(ctx, within); err != nil {
 			o.trouble = err.Error()
 			return o, ctx.Err()
 		}
@@ -355,7 +367,7 @@ func (p *prober) attempt(ctx context.Context, name string, unreadLimit uint32, s
 	if err != nil {
 		return o, err
 	}
-	r, err := p.ask(ctx, request{name, within, settle})
+	r, err := p.ask(ctx, request{name, within, settle * p.slowness})
 	if ctx.Err() != nil {
 		return o, ctx.Err()
 	}
@@ -387,7 +399,7 @@ func (p *prober) ask(ctx context.Context, r request) (reply, error) {
 	if err := json.NewEncoder(p.worker.in).Encode(r); err != nil {
 		return reply{}, fmt.Errorf("the worker ended: %s", p.worker.lastWords())
 	}
-	return p.await(ctx, r.Within+grace)
+	return p.await(ctx, r.Within+grace*p.slowness)
 }
 
 func refusals(c datapath.Counters) string {

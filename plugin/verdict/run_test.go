@@ -56,6 +56,15 @@ var kernels = []thisKernel{
 		risks: datapath.RiskSplice | datapath.RiskFIONREAD,
 	},
 	{
+		// FIONREAD counts both.
+		release: "7.3.",
+		results: map[string]Result{
+			ProbeLoad: OK, ProbeRedirect: OK, ProbeOrder: OK, ProbeCharged: OK,
+			ProbeFIONREAD: OK, ProbeEpoll: OK, ProbeSplice: NotOK, ProbeMPTCP: OK,
+		},
+		risks: datapath.RiskSplice,
+	},
+	{
 		// Any other that is supported.
 		results: map[string]Result{
 			ProbeLoad: OK, ProbeRedirect: OK, ProbeOrder: OK, ProbeEpoll: OK, ProbeSplice: NotOK,
@@ -228,9 +237,11 @@ func TestEveryProbeHangs(t *testing.T) {
 			t.Errorf("%+v", p)
 		}
 	}
-	// The budget, and what loading and ending processes takes on a busy machine.
-	if d := time.Since(start); d > budget+3*time.Second {
+	// Less than three seconds on an ordinary machine.
+	if d := time.Since(start); d > slowest*budget {
 		t.Errorf("took %v", d)
+	} else {
+		t.Logf("took %v", d.Round(time.Millisecond))
 	}
 }
 

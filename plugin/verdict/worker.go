@@ -51,7 +51,7 @@ type finding struct {
 }
 
 // workerLife ends a worker whatever happens.
-const workerLife = 15 * time.Second
+const workerLife = time.Minute
 
 // Worker makes experiments with sockets on the loopback interface of its network
 // namespace, as requested on in, and reports on out. It returns the exit code,
