@@ -332,8 +332,7 @@ static __always_inline void close_endpoint(struct bpf_sock_ops *ctx, struct bpf_
 	e->closed = 1;
 	if (e->is_client && e->mode != ENDPOINT_REDIRECT) /* else decide() has */
 		bpf_map_delete_elem(&connections, &e->own);
-	/* Only a FIN is a single byte of sequence space. */
-	if (!tp || tp->bytes_received > 1) {
+	if (!tp || tp->data_segs_in) {
 		__u64 cookie = bpf_get_socket_cookie(ctx);
 
 		bpf_map_delete_elem(&funnel_next, &cookie);
@@ -384,8 +383,9 @@ static __always_inline void state_changed(struct bpf_sock_ops *ctx)
 	case BPF_TCP_LAST_ACK:
 		/* A peer that is only half closed may yet go with bytes
 		 * unread: look again at each segment it sends, answers to
-		 * window probes among them. */
-		if (e->peer_sk && !abandon(ctx, sk, e))
+		 * window probes among them. So may the peer of a client that
+		 * has not sent and learns with its first message who that is. */
+		if (e->peer_sk ? !abandon(ctx, sk, e) : e->mode == ENDPOINT_UNDECIDED)
 			bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags |
 							       BPF_SOCK_OPS_PARSE_ALL_HDR_OPT_CB_FLAG);
 		break;

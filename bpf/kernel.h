@@ -116,6 +116,7 @@ struct tcp_sock {
 	__u32 snd_wnd;
 	__u32 mss_cache;
 	__u64 bytes_received;
+	__u32 data_segs_in;
 	bool is_mptcp;
 };
 
