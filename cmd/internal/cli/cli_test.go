@@ -119,15 +119,16 @@ func exec(f *fake, args ...string) (code int, stdout, stderr string) {
 	deps := plugin.Deps{Datapath: f, Verdicts: verdicts{f}, Log: func(plugin.Config) (*slog.Logger, io.Closer) {
 		return slog.New(slog.NewTextHandler(&errs, nil)), io.NopCloser(nil)
 	}}
-	custom := &cobra.Command{Use: "custom", RunE: func(*cobra.Command, []string) error { return exitError(42) }}
-	code = Run(context.Background(), args, Streams{In: strings.NewReader(""), Out: &out, Err: &errs}, deps, custom)
+	custom := &cobra.Command{Use: "custom", RunE: func(*cobra.Command, []string) error { return exitError("custom") }}
+	silent := &cobra.Command{Use: "silent", RunE: func(*cobra.Command, []string) error { return exitError("") }}
+	code = Run(context.Background(), args, Streams{In: strings.NewReader(""), Out: &out, Err: &errs}, deps, custom, silent)
 	return code, out.String(), errs.String()
 }
 
-type exitError int
+type exitError string
 
-func (e exitError) Error() string { return "custom" }
-func (e exitError) ExitCode() int { return int(e) }
+func (e exitError) Error() string { return string(e) }
+func (e exitError) ExitCode() int { return 42 }
 
 func TestCommands(t *testing.T) {
 	loaded := func(f *fake) { f.loaded, f.max = true, plugin.DefaultMaxConnections }
@@ -168,6 +169,7 @@ func TestCommands(t *testing.T) {
 		{name: "probe, bad descriptor", args: `probe --lock-fd 999`, code: 2, err: "--lock-fd 999"},
 		{name: "config missing", args: "load --config /no/such/file", code: 2, err: "no such file"},
 		{name: "other command", args: "custom", code: 42, err: "custom"},
+		{name: "silent command", args: "silent", code: 42},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			f, runDir := newFake(t)
