@@ -6,13 +6,14 @@ import (
 	"io"
 	"net"
 	"testing"
+	"time"
 )
 
 // privateSet is a datapath with its gate open, for pods made by the test.
 func privateSet(t *testing.T, n NodeSettings) *Set {
 	t.Helper()
 	cgroupRoot(t)
-	s, err := LoadPrivate(LoadOptions{MaxConnections: 1000})
+	s, err := LoadPrivate(LoadOptions{MaxConnections: 1000, ClaimWindow: time.Second})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/btf"
@@ -21,6 +22,10 @@ import (
 // LoadOptions are fixed when the datapath is loaded.
 type LoadOptions struct {
 	MaxConnections uint32 // 0 means DefaultMaxConnections
+	// ClaimWindow is how long after its SYN a client may be recognised; 0 means
+	// the 4 ms that are built in. Only probes and tests may wait longer, which an
+	// emulated or overloaded machine makes them need: see cfg_claim_window_ns.
+	ClaimWindow time.Duration
 }
 
 // leastRecords keeps the LRU map of handshakes useful where few connections
@@ -86,7 +91,7 @@ func loadFresh(o LoadOptions, switchName string) (*Set, error) {
 	spec.Maps[bpf.DatapathMapFunnelNext].MaxEntries = 2 * o.MaxConnections
 	spec.Maps[bpf.DatapathMapConnections].MaxEntries = max(o.MaxConnections/4, leastRecords)
 	spec.Maps[bpf.DatapathMapSkipstackSwitch].Name = switchName
-	s, err := load(spec, nil)
+	s, err := load(spec, nil, o.ClaimWindow)
 	if err != nil {
 		return nil, err
 	}
@@ -99,7 +104,12 @@ func loadFresh(o LoadOptions, switchName string) (*Set, error) {
 }
 
 // load loads the programs, on the given maps where there are any.
-func load(spec *ebpf.CollectionSpec, maps map[string]*ebpf.Map) (*Set, error) {
+func load(spec *ebpf.CollectionSpec, maps map[string]*ebpf.Map, window time.Duration) (*Set, error) {
+	if window != 0 {
+		if err := spec.Variables[bpf.DatapathVarCfgClaimWindowNs].Set(uint64(window)); err != nil {
+			return nil, fmt.Errorf("set the claim window: %w", err)
+		}
+	}
 	shift := uint8(bits.TrailingZeros(uint(os.Getpagesize())))
 	if err := spec.Variables[bpf.DatapathVarCfgPageShift].Set(shift); err != nil {
 		return nil, fmt.Errorf("set the page size: %w", err)
@@ -128,11 +138,18 @@ func load(spec *ebpf.CollectionSpec, maps map[string]*ebpf.Map) (*Set, error) {
 	return s, nil
 }
 
+const noCompareAndSwap = "no BPF compare-and-swap instruction; Linux 5.12 brought it, 6.1 is the oldest supported"
+
 // explain names what the kernel lacks.
 func explain(err error) error {
-	if errors.Is(err, unix.EPERM) {
+	// Before Linux 5.11 a small RLIMIT_MEMLOCK gives EPERM too.
+	if e := haveCompareAndSwap(); errors.Is(e, ebpf.ErrNotSupported) {
+		return fmt.Errorf("%w: no BPF compare-and-swap instruction; Linux 5.12 brought it, 6.1 is the oldest supported", ErrUnsupported)
+	}
+	// Unprivileged, some errors of the library name old kernels instead.
+	if errors.Is(err, unix.EPERM) || errors.Is(features.HaveProgramType(ebpf.SkMsg), unix.EPERM) {
 		return fmt.Errorf("load BPF programs: not permitted (needs root or CAP_BPF, CAP_NET_ADMIN, CAP_PERFMON, and no "+
-			"lockdown=confidentiality): %w", err)
+			"lockdown=confidentiality): %w: %w", unix.EPERM, err)
 	}
 	if _, e := btf.LoadKernelSpec(); e != nil {
 		return fmt.Errorf("%w: no type information (CONFIG_DEBUG_INFO_BTF): %w", ErrUnsupported, e)
@@ -146,7 +163,7 @@ func explain(err error) error {
 		{features.HaveMapType(ebpf.SockHash), "no sockhash maps (CONFIG_BPF_STREAM_PARSER)"},
 		{features.HaveMapType(ebpf.SkStorage), "no socket storage maps"},
 		{features.HaveV3ISA(), "no BPF instruction set v3"},
-		{haveCompareAndSwap(), "no BPF compare-and-swap instruction; Linux 5.12 brought it, 6.1 is the oldest supported"},
+		{haveCompareAndSwap(), noCompareAndSwap},
 	} {
 		if errors.Is(need.have, ebpf.ErrNotSupported) {
 			return fmt.Errorf("%w: %s", ErrUnsupported, need.what)
@@ -254,13 +271,13 @@ func Upgrade(ctx context.Context, bpffs string, o LoadOptions) (s *Set, changed 
 		return nil, false, err
 	}
 	defer unlock()
-	s, err = old.replacePrograms(bpffs, ctl)
+	s, err = old.replacePrograms(bpffs, ctl, o.ClaimWindow)
 	return s, err == nil, err
 }
 
 // replacePrograms loads this build's programs on the maps of the set and puts
 // them in place. The lock is held.
-func (s *Set) replacePrograms(bpffs string, ctl bpf.DatapathControl) (fresh *Set, err error) {
+func (s *Set) replacePrograms(bpffs string, ctl bpf.DatapathControl, window time.Duration) (fresh *Set, err error) {
 	spec, err := bpf.LoadDatapath()
 	if err != nil {
 		return nil, fmt.Errorf("read the embedded programs: %w", err)
@@ -268,7 +285,7 @@ func (s *Set) replacePrograms(bpffs string, ctl bpf.DatapathControl) (fresh *Set
 	for name, m := range s.maps {
 		spec.Maps[name].MaxEntries = m.MaxEntries()
 	}
-	fresh, err = load(spec, s.maps)
+	fresh, err = load(spec, s.maps, window)
 	if err != nil {
 		return nil, err
 	}

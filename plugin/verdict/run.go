@@ -34,8 +34,8 @@ const (
 	// grace what its answer may take on top before the worker is given up.
 	patience = 600 * time.Millisecond
 	grace    = 100 * time.Millisecond
-	// attempts at an experiment that does not come off: a busy machine may miss
-	// the few milliseconds in which a connection can be claimed.
+	// attempts at an experiment that does not come off, as may happen on a busy
+	// machine.
 	attempts = 10
 	// settle is how long the kernel may take to report bytes that have arrived.
 	// What it does in the sender's context takes no time.
@@ -43,8 +43,11 @@ const (
 	settleAtOne = 10 * time.Millisecond
 )
 
-// probeConnections is plenty for the experiments.
-const probeConnections = 64
+// probeSet is the datapath of a run, with plenty for the experiments. Nobody but the worker is in the
+// scratch cgroup, and it may be slow.
+func probeSet() datapath.LoadOptions {
+	return datapath.LoadOptions{MaxConnections: 64, ClaimWindow: slowest * patience}
+}
 
 // Env is what Run works with.
 type Env struct {
@@ -88,7 +91,7 @@ func Run(ctx context.Context, env Env) (*Verdict, error) {
 		return nil, privilege(fmt.Errorf("load BPF programs: %w", err))
 	}
 	start := time.Now()
-	set, err := datapath.LoadPrivate(datapath.LoadOptions{MaxConnections: probeConnections})
+	set, err := datapath.LoadPrivate(probeSet())
 	if errors.Is(err, datapath.ErrUnsupported) {
 		v.unloadable(err)
 		return v, nil
@@ -248,7 +251,7 @@ func (p *prober) reload() error {
 	if err := p.set.Close(); err != nil {
 		return err
 	}
-	set, err := datapath.LoadPrivate(datapath.LoadOptions{MaxConnections: probeConnections})
+	set, err := datapath.LoadPrivate(probeSet())
 	if err != nil {
 		return err
 	}

@@ -58,6 +58,7 @@ func newLab(t *testing.T, settings datapath.NodeSettings, o datapath.LoadOptions
 	if o.MaxConnections == 0 {
 		o.MaxConnections = maxConnections
 	}
+	o.ClaimWindow = claimWindow
 	l.set = must(datapath.LoadPrivate(o))(t)
 	t.Cleanup(l.close)
 	settings.Open = true
@@ -69,14 +70,19 @@ func newLab(t *testing.T, settings datapath.NodeSettings, o datapath.LoadOptions
 func newPublishedLab(t *testing.T, settings datapath.NodeSettings) *lab {
 	t.Helper()
 	l := emptyLab(t)
-	l.set = must(datapath.Load(t.Context(), l.node.BPFFS, datapath.LoadOptions{MaxConnections: maxConnections}))(t)
+	l.set = must(datapath.Load(t.Context(), l.node.BPFFS, datapath.LoadOptions{
+		MaxConnections: maxConnections, ClaimWindow: claimWindow,
+	}))(t)
 	t.Cleanup(l.close)
 	settings.Open = true
 	check(t, l.set.SetNode(settings))
 	return l
 }
 
-const maxConnections = 4096
+const (
+	maxConnections = 4096
+	claimWindow    = time.Second // for busy and emulated machines
+)
 
 func emptyLab(t *testing.T) *lab {
 	t.Helper()
