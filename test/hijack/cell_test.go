@@ -319,10 +319,13 @@ func addAddr(dev string, addr netip.Addr) error {
 	return nil
 }
 
-func addRoute(dev string, to netip.Prefix) error {
+func addRoute(dev string, to netip.Prefix) error    { return route(dev, to, netlink.RouteAdd) }
+func removeRoute(dev string, to netip.Prefix) error { return route(dev, to, netlink.RouteDel) }
+
+func route(dev string, to netip.Prefix, f func(*netlink.Route) error) error {
 	link, err := netlink.LinkByName(dev)
 	if err == nil {
-		err = netlink.RouteAdd(&netlink.Route{
+		err = f(&netlink.Route{
 			LinkIndex: link.Attrs().Index, Scope: netlink.SCOPE_LINK,
 			Dst: &net.IPNet{IP: to.Addr().AsSlice(), Mask: net.CIDRMask(to.Bits(), 32)},
 		})

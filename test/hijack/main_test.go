@@ -151,6 +151,14 @@ func (l *lab) expect(before datapath.Counters, want map[string]uint64) {
 	}
 }
 
+// expectPlain fails if a message was redirected since an earlier reading.
+func (l *lab) expectPlain(before datapath.Counters) {
+	l.t.Helper()
+	if got := l.counters().Since(before).Messages["redirected"]; got.Messages != 0 {
+		l.t.Errorf("%d messages redirected, want none", got.Messages)
+	}
+}
+
 // learn and forget an address's hardware address, in the caller's network namespace.
 func learn(addr netip.Addr, mac net.HardwareAddr) error {
 	return neighbour(addr, mac, netlink.NeighSet)

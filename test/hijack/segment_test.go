@@ -20,7 +20,8 @@ const (
 	ack
 )
 
-// A segment is a TCP segment over IPv4, without options.
+// A segment is a TCP segment over IPv4. A SYN has the MSS of Ethernet as its
+// only option.
 type segment struct {
 	src, dst netip.AddrPort
 	flags    byte
@@ -30,9 +31,15 @@ type segment struct {
 
 const headers = 20 + 20
 
+var mss = []byte{2, 4, 1460 >> 8, 1460 & 255}
+
 // marshal makes the IPv4 packet.
 func (s segment) marshal() []byte {
-	b := make([]byte, headers, headers+len(s.payload))
+	b := make([]byte, headers, headers+len(mss)+len(s.payload))
+	if s.flags&syn != 0 {
+		b = append(b, mss...)
+	}
+	tcpHeader := len(b) - 20
 	b = append(b, s.payload...)
 	ip, tcp := b[:20], b[20:]
 	ip[0] = 0x45
@@ -48,7 +55,7 @@ func (s segment) marshal() []byte {
 	binary.BigEndian.PutUint16(tcp[2:], s.dst.Port())
 	binary.BigEndian.PutUint32(tcp[4:], s.seq)
 	binary.BigEndian.PutUint32(tcp[8:], s.ack)
-	tcp[12] = 5 << 4
+	tcp[12] = byte(tcpHeader/4) << 4
 	tcp[13] = s.flags
 	binary.BigEndian.PutUint16(tcp[14:], 0xffff)
 	binary.BigEndian.PutUint16(tcp[16:], ^fold(sum(ip[12:20])+unix.IPPROTO_TCP+uint32(len(tcp))+sum(tcp)))

@@ -153,9 +153,8 @@ func TestSquattedPlace(t *testing.T) {
 		check(t, errors.Join(silent(x), silent(y)))
 		check(t, errors.Join(send(x, "mine"), read(y, "mine"), vanish(x), vanish(y), vanish(client)))
 	}
-	d := l.counters().Since(before)
 	l.expect(before, map[string]uint64{"enrolled": 2 * tries, "remote_server": 2 * tries})
-	if got := d.Messages["redirected"]; got.Messages < 3*tries {
+	if got := l.counters().Since(before).Messages["redirected"]; got.Messages < 3*tries {
 		t.Errorf("%d messages redirected, want all but those to a server that is gone", got.Messages)
 	}
 }
@@ -218,10 +217,29 @@ func converse(clients *cell, listener int, from, to netip.AddrPort, token string
 // port spreads connections over ports, so that none meets remains of another.
 func port(i int) uint16 { return uint16(1024 + i%60000) }
 
-// TestOverheard has a bridge flood frames to all its ports, as one whose
-// forwarding database is full does, and an attacker take a client's addresses,
-// so that it receives a copy of the listener's SYN-ACK.
-func TestOverheard(t *testing.T) {
+// hub makes the node's bridge flood frames to all its ports, as one whose
+// forwarding database is full does.
+func (l *lab) hub() {
+	l.t.Helper()
+	check(l.t, l.node.Do(func() error {
+		var never uint32
+		return netlink.LinkModify(&netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: "cni0"}, AgeingTime: &never})
+	}))
+}
+
+// impostor makes a cell in a pod that has taken over another's addresses; what
+// it sends to a third is swallowed by the TUN device.
+func impostor(t *testing.T, p, other *pod, to netip.Addr) *cell {
+	t.Helper()
+	c := newCell(t, p.Pod, cellOptions{TUN: "tun0", Repair: true, Sysctls: noFilter})
+	check(t, p.Do(func() error {
+		return errors.Join(takeOver(other.addr, other.mac), addRoute("tun0", netip.PrefixFrom(to, 32)))
+	}))
+	return c
+}
+
+// TestOverheardSYNACK lets an attacker receive a copy of the listener's SYN-ACK.
+func TestOverheardSYNACK(t *testing.T) {
 	for _, tt := range []struct {
 		name  string
 		plain bool // the client's pod takes no part
@@ -236,19 +254,10 @@ func TestOverheard(t *testing.T) {
 			if !tt.plain {
 				l.attach(a.Pod)
 			}
-			check(t, l.node.Do(func() error {
-				var never uint32
-				return netlink.LinkModify(&netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: "cni0"}, AgeingTime: &never})
-			}))
+			l.hub()
 			server := netip.AddrPortFrom(b.addr, 80)
 			clients, listener := newCell(t, a.Pod, cellOptions{Repair: true}), newCell(t, b.Pod, cellOptions{}).listen(t, server)
-			// What the attacker sends to the server is swallowed by the TUN device.
-			evil := newCell(t, attacker.Pod, cellOptions{TUN: "tun0", Repair: true, Sysctls: map[string]string{
-				"net.ipv4.conf.all.rp_filter": "0", "net.ipv4.conf.default.rp_filter": "0", "net.ipv4.conf.eth0.rp_filter": "0",
-			}})
-			check(t, attacker.Do(func() error {
-				return errors.Join(takeOver(a.addr, a.mac), addRoute("tun0", netip.PrefixFrom(server.Addr(), 32)))
-			}))
+			evil := impostor(t, attacker, a, b.addr)
 			before := l.counters()
 			for i := range tries {
 				check(t, errors.Join(clients.prime(1), evil.prime(1)))
@@ -265,13 +274,58 @@ func TestOverheard(t *testing.T) {
 				check(t, errors.Join(vanish(client), vanish(other), vanish(accepted)))
 				evil.tun.drain()
 			}
-			d := l.counters().Since(before)
 			l.expect(before, tt.want)
-			if got := d.Messages["redirected"]; got.Messages != 0 {
-				t.Errorf("%d messages redirected, want none", got.Messages)
-			}
+			l.expectPlain(before)
 		})
 	}
+}
+
+// TestOverheardACK lets an attacker receive copies of all that a client sends to
+// a server that waits for the first byte, and answer them under the same numbers
+// with a listener of its own.
+func TestOverheardACK(t *testing.T) {
+	l := newLab(t, datapath.LoadOptions{})
+	// A bridge floods its newest port first: the server's record must be there
+	// before the attacker's.
+	attacker, a, b := l.pod("attacker"), l.pod("client"), l.pod("server")
+	l.hub()
+	server := netip.AddrPortFrom(b.addr, 80)
+	// Timestamps would give the attacker's SYN-ACK away now and then.
+	clients := newCell(t, a.Pod, cellOptions{Repair: true, Sysctls: map[string]string{"net.ipv4.tcp_timestamps": "0"}})
+	servers := newCell(t, b.Pod, cellOptions{TUN: "tun0", Repair: true})
+	listener := servers.listen(t, server)
+	check(t, unix.SetsockoptInt(listener, unix.IPPROTO_TCP, unix.TCP_DEFER_ACCEPT, 10))
+	evil := impostor(t, attacker, b, a.addr)
+	evilListener := evil.listen(t, server)
+	const batch = 200
+	before := l.counters()
+	for round := range tries / batch {
+		check(t, errors.Join(clients.prime(batch), servers.prime(batch), evil.prime(batch)))
+		var syns [batch]segment
+		client := netip.PrefixFrom(a.addr, 32)
+		check(t, b.Do(func() error { return addRoute("tun0", client) }))
+		number := rand.Uint32()
+		for i := range syns {
+			syns[i] = segment{src: netip.AddrPortFrom(a.addr, port(round*batch+i)), seq: rand.Uint32()}
+			check(t, errors.Join(servers.timeWait(server, syns[i].src, syns[i].seq, number), evil.timeWait(server, syns[i].src, syns[i].seq, number)))
+		}
+		check(t, b.Do(func() error { return removeRoute("tun0", client) }))
+		for _, s := range syns {
+			client, err := clients.forced(s.src, server, s.seq)
+			check(t, err)
+			check(t, established(client))
+			other, err := accept(evilListener)
+			check(t, err)
+			check(t, send(client, "request"))
+			accepted, err := accept(listener)
+			check(t, err)
+			check(t, errors.Join(read(accepted, "request"), send(other, "evil"), send(accepted, "reply"), read(client, "reply")))
+			check(t, errors.Join(silent(client), silent(accepted), vanish(client), vanish(other), vanish(accepted)))
+		}
+		evil.tun.drain()
+	}
+	l.expect(before, map[string]uint64{"unproven": tries, "lost_race": tries, "remote_server": 2 * tries})
+	l.expectPlain(before)
 }
 
 // takeOver gives the pod's interface another's addresses, in the caller's network namespace.
@@ -287,52 +341,88 @@ func takeOver(addr netip.Addr, mac net.HardwareAddr) error {
 }
 
 // TestSpoofedAddress lets an attacker connect to a server with the address of
-// another host, whose packets it does not receive. It knows no more than
-// it finds out: a listener that is flooded answers with SYN cookies, and another
-// listener in a namespace of the attacker's computes the same cookie.
+// another host. What it sends is its socket's own, but the SYN-ACK goes to that
+// host, so the attacker puts one of its own into its namespace. TCP itself is
+// content with the right number; nothing the server sends may reach the attacker.
 func TestSpoofedAddress(t *testing.T) {
-	l := newLab(t, datapath.LoadOptions{})
-	victim, attacker := l.pod("victim"), l.pod("attacker")
-	server, host := netip.AddrPortFrom(victim.addr, 80), elsewhere.Addr().Next().Next()
-	flooded := map[string]string{"net.ipv4.tcp_syncookies": "2"}
-	listener := newCell(t, victim.Pod, cellOptions{Sysctls: flooded}).listen(t, server)
-	spoofer := newCell(t, attacker.Pod, cellOptions{TUN: "tun0", Sysctls: map[string]string{
-		"net.ipv4.conf.all.rp_filter": "0", "net.ipv4.conf.default.rp_filter": "0", "net.ipv4.ip_forward": "1",
-	}})
-	oracle := newCell(t, attacker.Pod, cellOptions{Nested: true, TUN: "tun0", Addrs: []netip.Addr{server.Addr()}, Sysctls: flooded})
-	oracle.listen(t, server)
-	evil := newCell(t, attacker.Pod, cellOptions{Nested: true, TUN: "tun0", Addrs: []netip.Addr{host}, Repair: true})
-	before := l.counters()
-	known := 0
-	for i := range tries {
-		check(t, evil.prime(1))
-		s := segment{src: netip.AddrPortFrom(host, port(i)), dst: server, flags: syn, seq: rand.Uint32()}
-		check(t, spoofer.tun.send(s))
-		guess, err := oracle.tun.ask(s)
-		check(t, err)
-		stolen, err := evil.forged(s.src, server, s.seq, guess.seq)
-		check(t, err)
-		answer, err := l.world.receive(func(a segment) bool { return a.flags == syn|ack && a.ack == s.seq+1 })
-		check(t, err)
-		if answer.seq == guess.seq {
-			known++
+	t.Run("number overheard", func(t *testing.T) {
+		s := newSpoof(t, nil)
+		for i := range tries {
+			s.attack(i, func(_, answer segment) uint32 { return answer.seq })
 		}
-		// TCP itself believes the sender of the right number.
-		check(t, spoofer.tun.send(segment{src: s.src, dst: server, flags: ack, seq: s.seq + 1, ack: guess.seq + 1, payload: "request"}))
-		if answer.seq != guess.seq {
-			check(t, vanish(stolen))
-			continue
+		s.l.expect(s.before, map[string]uint64{"unproven": tries, "remote_client": tries})
+	})
+	// A listener that is flooded answers with SYN cookies, and a listener in a
+	// namespace of the attacker's computes the same: this attacker knows no more
+	// than it can find out.
+	t.Run("SYN cookie computed", func(t *testing.T) {
+		flooded := map[string]string{"net.ipv4.tcp_syncookies": "2"}
+		s := newSpoof(t, flooded)
+		oracle := newCell(t, s.attacker.Pod, cellOptions{Nested: true, TUN: "tun0", Addrs: []netip.Addr{s.server.Addr()}, Sysctls: flooded})
+		oracle.listen(t, s.server)
+		known := 0
+		for i := range tries {
+			s.attack(i, func(syn, answer segment) uint32 {
+				guess, err := oracle.tun.ask(syn)
+				check(t, err)
+				oracle.tun.drain()
+				if guess.seq == answer.seq {
+					known++
+				}
+				return answer.seq
+			})
 		}
-		accepted, err := accept(listener)
-		check(t, err)
-		check(t, errors.Join(read(accepted, "request"), send(accepted, "reply")))
-		_, err = l.world.receive(func(r segment) bool { return r.dst == s.src && r.payload == "reply" })
-		check(t, err)
-		check(t, errors.Join(silent(stolen), send(stolen, "evil"), silent(accepted), vanish(stolen), vanish(accepted)))
-		l.world.drain()
-		evil.tun.drain()
-		oracle.tun.drain()
-	}
-	t.Logf("the attacker knew the cookie in %d of %d tries", known, tries)
-	l.expect(before, map[string]uint64{"remote_server": tries})
+		t.Logf("the attacker knew the cookie in %d of %d tries", known, tries)
+		s.l.expect(s.before, map[string]uint64{"remote_server": tries})
+	})
+}
+
+type spoof struct {
+	t        *testing.T
+	l        *lab
+	attacker *pod
+	server   netip.AddrPort
+	host     netip.Addr // whose address the attacker uses
+	listener int
+	evil     *cell
+	before   datapath.Counters
+}
+
+func newSpoof(t *testing.T, sysctls map[string]string) *spoof {
+	t.Helper()
+	s := &spoof{t: t, l: newLab(t, datapath.LoadOptions{}), host: elsewhere.Addr().Next().Next()}
+	victim := s.l.pod("victim")
+	s.attacker = s.l.pod("attacker")
+	s.server = netip.AddrPortFrom(victim.addr, 80)
+	s.listener = newCell(t, victim.Pod, cellOptions{Sysctls: sysctls}).listen(t, s.server)
+	s.evil = newCell(t, s.attacker.Pod, cellOptions{TUN: "tun0", Addrs: []netip.Addr{s.host}, Repair: true, Sysctls: noFilter})
+	s.before = s.l.counters()
+	return s
+}
+
+// attack connects from the host's address; number returns the attacker's idea of
+// the server's initial sequence number.
+func (s *spoof) attack(i int, number func(syn, answer segment) uint32) {
+	s.t.Helper()
+	check(s.t, s.evil.prime(1))
+	sent := segment{src: netip.AddrPortFrom(s.host, port(i)), dst: s.server, flags: syn, seq: rand.Uint32()}
+	stolen, err := s.evil.forced(sent.src, s.server, sent.seq)
+	check(s.t, err)
+	answer, err := s.l.world.receive(func(a segment) bool { return a.flags == syn|ack && a.ack == sent.seq+1 })
+	check(s.t, err)
+	check(s.t, s.evil.tun.send(segment{src: s.server, dst: sent.src, flags: syn | ack, seq: number(sent, answer), ack: sent.seq + 1}))
+	check(s.t, established(stolen))
+	accepted, err := accept(s.listener)
+	check(s.t, err)
+	check(s.t, send(accepted, "reply"))
+	_, err = s.l.world.receive(func(r segment) bool { return r.dst == sent.src && r.payload == "reply" })
+	check(s.t, err)
+	check(s.t, errors.Join(silent(stolen), vanish(stolen), vanish(accepted)))
+	s.l.world.drain()
+	s.evil.tun.drain()
+}
+
+// noFilter lets a pod use addresses that are not its own.
+var noFilter = map[string]string{
+	"net.ipv4.conf.all.rp_filter": "0", "net.ipv4.conf.default.rp_filter": "0", "net.ipv4.conf.eth0.rp_filter": "0",
 }
