@@ -76,8 +76,21 @@ struct proto {
 	long *sysctl_mem;
 };
 
+struct netns_ipv4 {
+	int sysctl_tcp_rmem[3];
+};
+
+struct net {
+	struct netns_ipv4 ipv4;
+};
+
+typedef struct {
+	struct net *net;
+} possible_net_t;
+
 struct sock_common {
 	struct proto *skc_prot;
+	possible_net_t skc_net;
 	atomic64_t skc_cookie;
 	struct sock *skc_listener; /* of a request sock */
 };

@@ -112,7 +112,8 @@ static __always_inline void refresh(struct endpoint *e, struct sock *peer, const
 {
 	struct mem_cgroup *memcg;
 	struct memory m = {.pages = ~0UL};
-	__u32 limit;
+	__u32 limit, room;
+	bool locked;
 
 	if (e->generation != generation) {
 		struct pod *own = bpf_map_lookup_elem(&pods, &e->pod);
@@ -124,12 +125,19 @@ static __always_inline void refresh(struct endpoint *e, struct sock *peer, const
 	}
 
 	limit = e->pod_limit;
-	if (BPF_CORE_READ_BITFIELD_PROBED(peer, sk_userlocks) & SOCK_RCVBUF_LOCK) {
-		__u32 rcvbuf = BPF_CORE_READ(peer, sk_rcvbuf);
-
-		if (rcvbuf < limit)
-			limit = rcvbuf;
-	}
+	locked = BPF_CORE_READ_BITFIELD_PROBED(peer, sk_userlocks) & SOCK_RCVBUF_LOCK;
+	room = locked ? BPF_CORE_READ(peer, sk_rcvbuf) :
+			BPF_CORE_READ(peer, __sk_common.skc_net.net, ipv4.sysctl_tcp_rmem[2]);
+	/* What comes by TCP when the limit is reached must find room, or it is
+	 * dropped (tcp_try_rmem_schedule()) and the sender waits for its
+	 * retransmission timer instead of for the window. The funnel empties
+	 * the queue whose first segment is always taken. */
+	if (!ctl->funnel)
+		room /= 2;
+	else if (!locked)
+		room = limit;
+	if (room < limit)
+		limit = room;
 	e->pressure = 0;
 	/* The memory cgroup of a server's socket is set by accept(2); until
 	 * then nobody would pay for more than a little. */
