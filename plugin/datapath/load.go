@@ -138,8 +138,6 @@ func load(spec *ebpf.CollectionSpec, maps map[string]*ebpf.Map, window time.Dura
 	return s, nil
 }
 
-const noCompareAndSwap = "no BPF compare-and-swap instruction; Linux 5.12 brought it, 6.1 is the oldest supported"
-
 // explain names what the kernel lacks.
 func explain(err error) error {
 	// Before Linux 5.11 a small RLIMIT_MEMLOCK gives EPERM too.
@@ -163,7 +161,6 @@ func explain(err error) error {
 		{features.HaveMapType(ebpf.SockHash), "no sockhash maps (CONFIG_BPF_STREAM_PARSER)"},
 		{features.HaveMapType(ebpf.SkStorage), "no socket storage maps"},
 		{features.HaveV3ISA(), "no BPF instruction set v3"},
-		{haveCompareAndSwap(), noCompareAndSwap},
 	} {
 		if errors.Is(need.have, ebpf.ErrNotSupported) {
 			return fmt.Errorf("%w: %s", ErrUnsupported, need.what)
