@@ -390,8 +390,11 @@ func (j *job) leave(ctx context.Context, why string) error {
 		}
 		return j.p.settle(j.store, j.conf.BPFFS, j.record.CgroupID, nil, nil)
 	}()
+	if errors.Is(err, attachment.ErrBusy) {
+		err = errors.Join(err, j.recordWithoutLock(why))
+	}
 	if err != nil {
-		why += "; not recorded: " + err.Error()
+		return &left{fmt.Sprintf("%s; other attachments of the pod may not heed it: %v", why, err)}
 	}
 	return &left{why}
 }
@@ -399,17 +402,9 @@ func (j *job) leave(ctx context.Context, why string) error {
 // giveUp makes sure that a pod which could not be accelerated is plain, and
 // records why.
 func (j *job) giveUp(ctx context.Context, cause error) error {
-	record := j.record
-	record.Status, record.Reason = attachment.Skipped, reason(cause)
-	record.CgroupID, record.CgroupPath, record.BPFFSDev, record.MountNS, record.Settings = 0, "", 0, 0, nil
 	lock, err := j.store.Lock(ctx)
 	if errors.Is(err, attachment.ErrBusy) {
-		// Nothing was attached without the lock. A record needs it for what it
-		// says of a cgroup only, and this one says nothing.
-		if _, err := j.store.Get(j.key()); errors.Is(err, attachment.ErrNotFound) {
-			return j.store.Put(record)
-		}
-		return nil
+		return j.recordWithoutLock(reason(cause))
 	}
 	if err != nil {
 		return err
@@ -419,5 +414,23 @@ func (j *job) giveUp(ctx context.Context, cause error) error {
 	if err := j.clear(0); err != nil {
 		return err
 	}
-	return j.store.Put(record)
+	return j.store.Put(j.skipped(reason(cause)))
+}
+
+// skipped is the record of an attachment that has no part in any cgroup.
+func (j *job) skipped(why string) attachment.Record {
+	r := j.record
+	r.Status, r.Reason = attachment.Skipped, why
+	r.CgroupID, r.CgroupPath, r.BPFFSDev, r.MountNS, r.Settings = 0, "", 0, 0, nil
+	return r
+}
+
+// recordWithoutLock records a pod that was skipped because the lock was not to be
+// had. A record needs the lock for what it says of a cgroup only, and this one
+// says nothing; one that is there already may say something, and stays.
+func (j *job) recordWithoutLock(why string) error {
+	if _, err := j.store.Get(j.key()); !errors.Is(err, attachment.ErrNotFound) {
+		return err
+	}
+	return j.store.Put(j.skipped(why))
 }
