@@ -30,7 +30,7 @@ const (
 const (
 	MinUnreadLimit    = 4 << 10
 	MaxUnreadLimit    = 1 << 30
-	MinMaxConnections = 16
+	MinMaxConnections = 1
 	MaxMaxConnections = 4 << 20
 )
 

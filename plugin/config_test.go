@@ -99,7 +99,7 @@ func TestParseConfigRefuses(t *testing.T) {
 		{"unreadLimit fraction", `"unreadLimit": 65536.5`, `is not a whole number`},
 		{"unreadLimit negative", `"unreadLimit": -1`, `is not a whole number`},
 		{"unreadLimit null", `"unreadLimit": null`, `null is not a whole number`},
-		{"maxConnections", `"maxConnections": 0`, `0 is not a whole number from 16 to 4194304`},
+		{"maxConnections", `"maxConnections": 0`, `0 is not a whole number from 1 to 4194304`},
 		{"spliceGuard", `"spliceGuard": true`, `true is not a string`},
 		{"spliceGuard name", `"spliceGuard": "on"`, `is not one of auto, off`},
 		{"logLevel", `"logLevel": "trace"`, `is not one of debug, info, warn, error`},
