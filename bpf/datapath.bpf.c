@@ -321,6 +321,16 @@ static __always_inline void server_established(struct bpf_sock_ops *ctx, const s
 	count_connection(CONNECTION_ENROLLED);
 }
 
+/* funnel_done tells if the funnel has a position for a closed socket and needs
+ * it no more. The FIN that closes a socket does so before the funnel has moved
+ * the segment that it came with. */
+static __always_inline bool funnel_done(const struct tcp_sock *tp)
+{
+	const struct sock *sk = &tp->inet_conn.icsk_inet.sk;
+
+	return tp->data_segs_in && (!sk->sk_receive_queue.qlen || !sk->sk_socket);
+}
+
 static __always_inline void close_endpoint(struct bpf_sock_ops *ctx, struct bpf_sock *sk,
 					   struct endpoint *e)
 {
@@ -332,7 +342,7 @@ static __always_inline void close_endpoint(struct bpf_sock_ops *ctx, struct bpf_
 	e->closed = 1;
 	if (e->is_client && e->mode != ENDPOINT_REDIRECT) /* else decide() has */
 		bpf_map_delete_elem(&connections, &e->own);
-	if (!tp || tp->data_segs_in) {
+	if (!tp || funnel_done(tp)) {
 		__u64 cookie = bpf_get_socket_cookie(ctx);
 
 		bpf_map_delete_elem(&funnel_next, &cookie);
@@ -588,46 +598,61 @@ int redirect(struct sk_msg_md *msg)
 
 /* position finds where the funnel stands in the socket's byte stream: at the
  * start of it when this is the first segment that came by TCP. */
-static __always_inline struct funnel_position *position(struct __sk_buff *skb, __u64 *cookie)
+static __always_inline struct funnel_position *position(const struct tcp_sock *tp, __u64 *cookie)
 {
 	struct funnel_position *f = bpf_map_lookup_elem(&funnel_next, cookie), first = {};
-	struct bpf_sock *sk = skb->sk;
-	struct tcp_sock *tp;
 
-	if (f || !sk)
+	if (f)
 		return f;
-	tp = bpf_skc_to_tcp_sock(sk);
-	if (!tp)
-		return 0;
 	first.next = tp->rcv_nxt - (__u32)tp->bytes_received;
 	pod_of(tp->inet_conn.icsk_inet.sk.sk_cgrp_data.cgroup, &first.pod);
 	bpf_map_update_elem(&funnel_next, cookie, &first, BPF_NOEXIST);
 	return bpf_map_lookup_elem(&funnel_next, cookie);
 }
 
-SEC("sk_skb/verdict")
-int funnel(struct __sk_buff *skb)
+/* advance moves the position behind a segment and returns how many bytes at the
+ * segment's beginning were moved before. */
+static __always_inline __s32 advance(struct __sk_buff *skb, const struct tcp_sock *tp, __u64 *cookie)
 {
-	__u64 cookie = bpf_get_socket_cookie(skb);
 	struct funnel_position *f;
 	__s32 overlap;
 	__u32 seq[2]; /* struct tcp_skb_cb: seq, end_seq */
 
-	if (!skb->len)
-		return SK_PASS; /* a FIN alone */
-	count_event(EVENT_FUNNELED, 1);
 	if (bpf_probe_read_kernel(seq, sizeof(seq),
 				  (void *)skb + bpf_core_field_offset(struct sk_buff, cb)))
-		return SK_PASS;
-	f = position(skb, &cookie);
+		return 0;
+	f = position(tp, cookie);
 	if (!f)
+		return 0;
+	overlap = f->next - seq[0];
+	f->next = seq[1];
+	return overlap;
+}
+
+SEC("sk_skb/verdict")
+int funnel(struct __sk_buff *skb)
+{
+	__u64 cookie = bpf_get_socket_cookie(skb);
+	struct bpf_sock *sk = skb->sk;
+	struct tcp_sock *tp;
+	__s32 overlap = 0;
+
+	if (!sk)
+		return SK_PASS;
+	tp = bpf_skc_to_tcp_sock(sk);
+	if (!tp)
+		return SK_PASS;
+	if (skb->len) { /* not a FIN alone */
+		count_event(EVENT_FUNNELED, 1);
+		overlap = advance(skb, tp, &cookie);
+	}
+	/* The last segment of a closed socket; see close_endpoint. */
+	if (sk->state == BPF_TCP_CLOSE && !tp->inet_conn.icsk_inet.sk.sk_receive_queue.qlen)
+		bpf_map_delete_elem(&funnel_next, &cookie);
+	if (overlap <= 0)
 		return SK_PASS;
 	/* tcp_read_skb() hands over whole skbs; of a retransmission that is
 	 * partly old, the reader has the first bytes already. */
-	overlap = f->next - seq[0];
-	f->next = seq[1];
-	if (overlap <= 0)
-		return SK_PASS;
 	count_event(EVENT_TRIMMED_BYTES, overlap);
 	for (int i = 0; i < TRIM_STEPS && overlap > 0; i++) {
 		__s32 step = overlap > TRIM_STEP ? TRIM_STEP : overlap;
