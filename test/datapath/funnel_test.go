@@ -119,3 +119,64 @@ func TestFIONREAD(t *testing.T) {
 	read(t, b, got, 2600)
 	unread(0)
 }
+
+// TestPartlyOldSegment makes a sender send again as one what arrived (but for the
+// acknowledgement) and what was lost: the receiver must read the first part once.
+func TestPartlyOldSegment(t *testing.T) {
+	for _, end := range []struct {
+		name                   string
+		halfClosed, fin, small bool
+	}{
+		{name: "data"},
+		{name: "data and FIN", fin: true},
+		{name: "data and FIN to a half-closed reader", fin: true, halfClosed: true},
+		{name: "FIN to a half-closed reader", fin: true, halfClosed: true, small: true},
+	} {
+		t.Run(end.name, func(t *testing.T) {
+			l := newLab(t, datapath.NodeSettings{Funnel: true}, datapath.LoadOptions{})
+			client, server := l.pod("client", enabled), l.pod("server", enabled)
+			for _, p := range []*pod{client, server} {
+				p.fastRecovery(t)
+				p.sysctl(t, "net/ipv4/tcp_sack", "0")
+				p.sysctl(t, "net/ipv4/tcp_early_retrans", "0")
+			}
+			a, b := client.pair(t, server.listen(t, server.at(false, 0), traffic.SocketOptions{}), traffic.SocketOptions{})
+			check(t, a.Set(unix.TCP_NODELAY, 1))
+			if end.halfClosed {
+				check(t, b.CloseWrite())
+				eof(t, a)
+			}
+			l.gate(false)
+			sent, got := traffic.NewStream(1), traffic.NewStream(1)
+			deaf := client.drop(t, 100, 0)
+			write(t, a, sent, 600)
+			read(t, b, got, 600)
+			lost := server.drop(t, 100, 0)
+			second := 600
+			if end.small {
+				second = 0
+			} else {
+				write(t, a, sent, second)
+			}
+			if end.fin {
+				check(t, a.CloseWrite())
+			}
+			wait(t, "the segment is sent again", func() (string, bool) {
+				info := must(a.Info())(t)
+				return fmt.Sprintf("%+v", info), info.Bytes_retrans > 0
+			})
+			deaf()
+			lost()
+			read(t, b, got, second)
+			if end.fin {
+				eof(t, b)
+			} else {
+				drained(t, a)
+				nothing(t, b)
+			}
+			if n := l.counters().Events["trimmed_bytes"]; n != 600 {
+				t.Errorf("%d bytes trimmed, want 600", n)
+			}
+		})
+	}
+}

@@ -2,6 +2,7 @@ package datapath_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
 	"os"
@@ -43,6 +44,7 @@ type lab struct {
 // A pod has an address on the node's network and a host to open sockets in it.
 type pod struct {
 	*node.Pod
+	lab    *lab
 	host   *traffic.Host
 	cgroup *os.File
 	id     uint64 // of the cgroup
@@ -58,11 +60,17 @@ func newLab(t *testing.T, settings datapath.NodeSettings, o datapath.LoadOptions
 	if o.MaxConnections == 0 {
 		o.MaxConnections = maxConnections
 	}
-	o.ClaimWindow = claimWindow
 	l.set = must(datapath.LoadPrivate(o))(t)
-	t.Cleanup(l.close)
-	settings.Open = true
-	check(t, l.set.SetNode(settings))
+	l.open(settings)
+	return l
+}
+
+// newLabAt is newLab with other addresses for the pods.
+func newLabAt(t *testing.T, settings datapath.NodeSettings, subnets ...string) *lab {
+	t.Helper()
+	l := emptyLab(t, subnets...)
+	l.set = must(datapath.LoadPrivate(datapath.LoadOptions{MaxConnections: maxConnections}))(t)
+	l.open(settings)
 	return l
 }
 
@@ -70,24 +78,25 @@ func newLab(t *testing.T, settings datapath.NodeSettings, o datapath.LoadOptions
 func newPublishedLab(t *testing.T, settings datapath.NodeSettings) *lab {
 	t.Helper()
 	l := emptyLab(t)
-	l.set = must(datapath.Load(t.Context(), l.node.BPFFS, datapath.LoadOptions{
-		MaxConnections: maxConnections, ClaimWindow: claimWindow,
-	}))(t)
-	t.Cleanup(l.close)
-	settings.Open = true
-	check(t, l.set.SetNode(settings))
+	l.set = must(datapath.Load(t.Context(), l.node.BPFFS, datapath.LoadOptions{MaxConnections: maxConnections}))(t)
+	l.open(settings)
 	return l
 }
 
-const (
-	maxConnections = 4096
-	claimWindow    = time.Second // for busy and emulated machines
-)
+const maxConnections = 4096
 
-func emptyLab(t *testing.T) *lab {
+func emptyLab(t *testing.T, subnets ...string) *lab {
 	t.Helper()
 	n := node.ForTest(t, node.Options{})
-	return &lab{t: t, node: n, list: must(n.Network(node.Network{}))(t)}
+	return &lab{t: t, node: n, list: must(n.Network(node.Network{Subnets: prefixes(subnets...)}))(t)}
+}
+
+// open opens the node's gate.
+func (l *lab) open(settings datapath.NodeSettings) {
+	l.t.Helper()
+	l.t.Cleanup(l.close)
+	settings.Open = true
+	check(l.t, l.set.SetNode(settings))
 }
 
 func (l *lab) close() {
@@ -139,7 +148,7 @@ func (l *lab) pod(name string, s datapath.PodSettings) *pod {
 // plainPod makes a pod that is not attached.
 func (l *lab) plainPod(name string) *pod {
 	l.t.Helper()
-	p := &pod{Pod: must(l.node.AddPod(l.t.Context(), name, l.list, node.PodOptions{}))(l.t)}
+	p := &pod{Pod: must(l.node.AddPod(l.t.Context(), name, l.list, node.PodOptions{}))(l.t), lab: l}
 	p.cgroup, p.id = openCgroup(l.t, p.Cgroup)
 	p.host = must(traffic.NewHost(p.Pod, node.StartOptions{}))(l.t)
 	l.pods = append(l.pods, p)
@@ -189,16 +198,52 @@ func (p *pod) pair(t *testing.T, l *traffic.Listener, o traffic.SocketOptions) (
 	return p.pairBy(t, l, l.Addr, o)
 }
 
+// pairBy is pair with another address for the listener.
 func (p *pod) pairBy(t *testing.T, l *traffic.Listener, by netip.AddrPort, o traffic.SocketOptions) (client, server *traffic.Conn) {
 	t.Helper()
-	client, server, err := p.host.Pair(l, by, o)
-	check(t, err)
+	var err error
+	p.punctually(t, func() {
+		client, server, err = p.host.Pair(l, by, o)
+		check(t, err)
+	}, func() {
+		check(t, errors.Join(client.Close(), server.Close()))
+	})
 	t.Cleanup(func() { client.Close(); server.Close() })
 	deadline := time.Now().Add(time.Minute)
 	for _, c := range []*traffic.Conn{client, server} {
-		check(t, c.SetDeadline(deadline))
+		if err := c.SetDeadline(deadline); err != nil && !errors.Is(err, os.ErrNoDeadline) { // blocking sockets have none
+			t.Fatal(err)
+		}
 	}
 	return client, server
+}
+
+// dial connects from pod p and leaves it to the caller to accept. The connection
+// is closed at the test's end.
+func (p *pod) dial(t *testing.T, l *traffic.Listener) (client *traffic.Conn) {
+	t.Helper()
+	p.punctually(t, func() {
+		client = must(p.host.Dial(l.Addr, traffic.SocketOptions{}))(t)
+	}, func() {
+		check(t, errors.Join(client.Close(), must(l.Accept())(t).Close()))
+	})
+	t.Cleanup(func() { client.Close() })
+	return client
+}
+
+// punctually connects again if the handshake took so long that the client came
+// late: on a busy machine the kernel may be kept from its work for milliseconds.
+func (p *pod) punctually(t *testing.T, connect, drop func()) {
+	t.Helper()
+	const attempts = 5
+	for i := range attempts {
+		late := p.lab.counters().Connections["late_claim"]
+		connect()
+		if p.lab.counters().Connections["late_claim"] == late || i == attempts-1 {
+			return
+		}
+		drop()
+	}
 }
 
 // wait waits until the condition holds.

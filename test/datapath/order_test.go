@@ -139,8 +139,7 @@ func TestUnreadSegmentIsNotOvertaken(t *testing.T) {
 				l := newLab(t, s, datapath.LoadOptions{})
 				client, server := l.pod("client", enabled), l.pod("server", enabled)
 				tl := server.listen(t, server.at(false, 0), traffic.SocketOptions{})
-				a := must(client.host.Dial(tl.Addr, traffic.SocketOptions{}))(t)
-				defer a.Close()
+				a := client.dial(t, tl)
 				var b *traffic.Conn
 				accept := func() {
 					b = must(tl.Accept())(t)
@@ -198,8 +197,7 @@ func TestReadAheadOfAccept(t *testing.T) {
 		l := newLab(t, s, datapath.LoadOptions{})
 		client, server := l.pod("client", enabled), l.pod("server", enabled)
 		tl := server.listen(t, server.at(false, 0), traffic.SocketOptions{})
-		a := must(client.host.Dial(tl.Addr, traffic.SocketOptions{}))(t)
-		defer a.Close()
+		a := client.dial(t, tl)
 		l.wait("the server is enrolled", func() (string, bool) {
 			return "", l.counters().Connections["enrolled"] == 1
 		})

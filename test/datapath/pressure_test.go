@@ -300,10 +300,7 @@ func TestBlockingSend(t *testing.T) {
 				unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &wait))
 		}}
 		tl := server.listen(t, server.at(false, 0), traffic.SocketOptions{})
-		a := must(client.host.Dial(tl.Addr, o))(t)
-		defer a.Close()
-		b := must(tl.Accept())(t)
-		defer b.Close()
+		a, b := client.pair(t, tl, o)
 		l.enrolled(datapath.Counters{}, 1)
 
 		f := traffic.Filler{Conn: a, Stream: traffic.NewStream(0)}
@@ -325,7 +322,6 @@ func TestBlockingSend(t *testing.T) {
 			}
 			wrote <- errors.Join(err, a.CloseWrite())
 		}()
-		check(t, b.SetDeadline(time.Now().Add(patience)))
 		got, buf := traffic.NewStream(0), make([]byte, 64<<10)
 		for {
 			n, err := b.Read(buf)
