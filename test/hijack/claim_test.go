@@ -19,35 +19,40 @@ import (
 func TestClaims(t *testing.T) {
 	for _, tt := range []struct {
 		name  string
-		batch int
-		after time.Duration // the SYN
 		claim func(c *cell, from, to netip.AddrPort, own, peer uint32) (int, error)
+		late  bool
 		label string
 	}{
-		{"SYN-ACK from a TUN device", 20, 0, (*cell).forged, "unproven"},
-		{"SYN-ACK from a TUN device, too late", 500, 5 * time.Millisecond, (*cell).forged, "unproven"},
-		{"TCP_REPAIR", 50, 0, (*cell).restored, "repaired"},
-		{"TCP_REPAIR, too late", 500, 5 * time.Millisecond, (*cell).restored, "repaired"},
+		{"SYN-ACK from a TUN device", (*cell).forged, false, "unproven"},
+		{"SYN-ACK from a TUN device, too late", (*cell).forged, true, "unproven"},
+		{"TCP_REPAIR", (*cell).restored, false, "repaired"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			l := newLab(t, datapath.LoadOptions{})
+			const batch = 100
+			var o datapath.LoadOptions
+			if tt.late {
+				o.ClaimWindow = shortWindow
+			}
+			l := newLab(t, o)
 			victim, attacker := l.pod("victim"), l.pod("attacker")
 			server := netip.AddrPortFrom(victim.addr, 80)
 			listener := newCell(t, victim.Pod, cellOptions{}).listen(t, server)
 			client := elsewhere.Addr().Next().Next()
 			evil := newCell(t, attacker.Pod, cellOptions{Nested: true, TUN: "tun0", Addrs: []netip.Addr{client}, Repair: true})
 			before := l.counters()
-			for range tries / tt.batch {
-				check(t, evil.prime(tt.batch))
-				syns := make([]segment, tt.batch)
-				answers, stolen := make([]segment, tt.batch), make([]int, tt.batch)
+			for range tries / batch {
+				check(t, evil.prime(batch))
+				syns := make([]segment, batch)
+				answers, stolen := make([]segment, batch), make([]int, batch)
 				var err error
 				for i := range syns {
 					syns[i] = segment{src: netip.AddrPortFrom(client, uint16(1024+i)), dst: server, flags: syn, seq: rand.Uint32()}
 					answers[i], err = l.world.ask(syns[i])
 					check(t, err)
 				}
-				time.Sleep(tt.after)
+				if tt.late {
+					time.Sleep(shortWindow)
+				}
 				for i, s := range syns {
 					stolen[i], err = tt.claim(evil, s.src, s.dst, s.seq, answers[i].seq)
 					check(t, err)
@@ -82,7 +87,7 @@ func (l *lab) serve(listener int, s, answer segment, stolen int) {
 // TestLateClient delays genuine SYN-ACKs beyond the claim window: the connection
 // goes by TCP.
 func TestLateClient(t *testing.T) {
-	l := newLab(t, datapath.LoadOptions{})
+	l := newLab(t, datapath.LoadOptions{ClaimWindow: shortWindow})
 	a, b := l.pod("client"), l.pod("server")
 	server := netip.AddrPortFrom(b.addr, 80)
 	listener := newCell(t, b.Pod, cellOptions{
@@ -107,7 +112,7 @@ func TestLateClient(t *testing.T) {
 		if n := l.counters().Events["syn_recorded"] - recorded; n != batch {
 			t.Fatalf("%d SYNs recorded, want %d", n, batch)
 		}
-		time.Sleep(5 * time.Millisecond)
+		time.Sleep(shortWindow)
 		check(t, b.Do(func() error { return learn(a.addr, a.mac) }))
 		for i, fd := range fds {
 			check(t, established(fd))
