@@ -1,0 +1,598 @@
+package datapath_test
+
+import (
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
+
+	"github.com/skipstack/skipstack/bpf"
+	"github.com/skipstack/skipstack/plugin/datapath"
+	"github.com/skipstack/skipstack/test/datapath/traffic"
+)
+
+// A flow is traffic over some connections between two pods.
+type flow struct {
+	l     *lab
+	pairs [][2]*traffic.Conn
+	load  *traffic.Load
+	ended bool
+}
+
+const flowConnections = 8
+
+// flow starts traffic both ways, which goes on until the test ends or stops it.
+func (l *lab) flow(client, server *pod) *flow {
+	l.t.Helper()
+	tl := server.listen(l.t, server.at(false, 0), traffic.SocketOptions{})
+	f := &flow{l: l}
+	for range flowConnections {
+		a, b := client.pair(l.t, tl, traffic.SocketOptions{})
+		f.pairs = append(f.pairs, [2]*traffic.Conn{a, b})
+	}
+	f.load = traffic.StartLoad(f.pairs, traffic.Plan{MaxWrite: 16 << 10, Paced: 200 * time.Microsecond})
+	l.t.Cleanup(f.stop)
+	f.progress()
+	return f
+}
+
+// stop ends the traffic; all bytes must have arrived.
+func (f *flow) stop() {
+	f.l.t.Helper()
+	if f.ended {
+		return
+	}
+	f.ended = true
+	if err := f.load.Stop(); err != nil {
+		f.l.t.Error(err)
+	}
+	for _, p := range f.pairs {
+		if err := errors.Join(p[0].Close(), p[1].Close()); err != nil {
+			f.l.t.Error(err)
+		}
+	}
+}
+
+// progress waits until every direction of every connection has gone on.
+func (f *flow) progress() {
+	f.l.t.Helper()
+	before := f.load.Received()
+	f.l.wait("every connection has gone on", func() (string, bool) {
+		if err := f.load.Err(); err != nil {
+			f.l.t.Fatal(err)
+		}
+		for i, n := range f.load.Received() {
+			if n < before[i]+50_000 {
+				return fmt.Sprintf("direction %d: %d bytes", i, n-before[i]), false
+			}
+		}
+		return "", true
+	})
+}
+
+// redirects waits until the traffic is redirected: a connection returns from TCP
+// to redirecting at the first message that finds all before it acknowledged.
+func (f *flow) redirects() {
+	f.l.t.Helper()
+	f.l.wait("the traffic is redirected", func() (string, bool) {
+		before := f.l.counters()
+		f.progress()
+		m := f.l.counters().Since(before).Messages
+		return fmt.Sprint(m), m["redirected"].Messages > total(m)*9/10 && m["switched_off"].Messages == 0
+	})
+}
+
+// plain fails the test unless the traffic goes by TCP because a gate is closed.
+func (f *flow) plain() {
+	f.l.t.Helper()
+	f.progress() // what was being sent is sent
+	before := f.l.counters()
+	f.progress()
+	m := f.l.counters().Since(before).Messages
+	if all := total(m); m["switched_off"].Messages != all {
+		f.l.t.Errorf("%d messages counted as switched_off of %d: %v", m["switched_off"].Messages, all, m)
+	}
+}
+
+func total(m map[string]datapath.Count) (n uint64) {
+	for _, c := range m {
+		n += c.Messages
+	}
+	return n
+}
+
+// TestGates closes and opens each gate under traffic: everything goes on by TCP
+// and in order, and then the same connections are redirected again.
+func TestGates(t *testing.T) {
+	modes(t, func(t *testing.T, s datapath.NodeSettings) {
+		l := newLab(t, s, datapath.LoadOptions{})
+		client, server := l.pod("client", enabled), l.pod("server", enabled)
+		set := func(p *pod, change func(*datapath.PodSettings)) func() {
+			return func() {
+				settings, _, err := l.set.Pod(p.id)
+				check(t, err)
+				change(&settings)
+				check(t, l.set.SetPod(p.id, settings))
+			}
+		}
+		risks := func(r datapath.Risk) func() {
+			return func() {
+				n := must(l.set.Node())(t)
+				n.Risks = r
+				check(t, l.set.SetNode(n))
+			}
+		}
+		f := l.flow(client, server)
+		f.redirects()
+		for _, gate := range []struct {
+			name      string
+			off, back func()
+		}{
+			{"node", func() { l.gate(false) }, func() { l.gate(true) }},
+			{"risk of the node", risks(datapath.RiskSplice), risks(0)},
+			{"client's pod", set(client, func(s *datapath.PodSettings) { s.SwitchedOff = true }),
+				set(client, func(s *datapath.PodSettings) { s.SwitchedOff = false })},
+			{"server's pod", set(server, func(s *datapath.PodSettings) { s.SwitchedOff = true }),
+				set(server, func(s *datapath.PodSettings) { s.SwitchedOff = false })},
+			{"mode of the client's pod", set(client, func(s *datapath.PodSettings) { s.Enabled = false }),
+				set(client, func(s *datapath.PodSettings) { s.Enabled = true })},
+			{"mode of the server's pod", set(server, func(s *datapath.PodSettings) { s.Enabled = false }),
+				set(server, func(s *datapath.PodSettings) { s.Enabled = true })},
+		} {
+			t.Run(gate.name, func(t *testing.T) {
+				gate.off()
+				f.plain()
+				// New connections are plain for life.
+				before := l.counters()
+				a, b := client.pair(t, server.listen(t, server.at(false, 0), traffic.SocketOptions{}), traffic.SocketOptions{})
+				l.enrolled(before, 0)
+				gate.back()
+				f.redirects()
+				echo(t, a, b)
+			})
+		}
+		f.stop()
+	})
+}
+
+// TestGatesUnderChurn opens and closes gates at random while connections come
+// and go.
+func TestGatesUnderChurn(t *testing.T) {
+	modes(t, func(t *testing.T, s datapath.NodeSettings) {
+		l := newLab(t, s, datapath.LoadOptions{})
+		client, server := l.pod("client", enabled), l.pod("server", enabled)
+		tl := server.listen(t, server.at(false, 0), traffic.SocketOptions{})
+		const connections, atOnce = 400, 10
+		room := make(chan struct{}, atOnce)
+		ended := make(chan error, connections)
+		go func() {
+			for range connections {
+				room <- struct{}{}
+				a, b, err := client.host.Pair(tl, tl.Addr, traffic.SocketOptions{})
+				if err != nil {
+					ended <- err
+					continue
+				}
+				go func() {
+					deadline := time.Now().Add(patience)
+					err := errors.Join(a.SetDeadline(deadline), b.SetDeadline(deadline))
+					plan := func() traffic.Plan {
+						return traffic.Plan{Seed: rand.Uint64(), Bytes: rand.Int64N(200_000), MaxWrite: 10_000, Paced: 50 * time.Microsecond}
+					}
+					err = errors.Join(err, traffic.Exchange(a, b, plan(), plan()), a.Close(), b.Close())
+					<-room
+					ended <- err
+				}()
+			}
+		}()
+		for left := connections; left > 0; {
+			select {
+			case err := <-ended:
+				check(t, err)
+				left--
+			case <-time.After(time.Duration(rand.IntN(3000)) * time.Microsecond):
+				settings := enabled
+				settings.SwitchedOff = rand.IntN(4) == 0
+				settings.UnreadLimit = 1 << (10 + rand.IntN(14))
+				check(t, l.set.SetPod([]*pod{client, server}[rand.IntN(2)].id, settings))
+				l.gate(rand.IntN(4) != 0)
+			}
+		}
+		m := l.counters().Messages
+		if m["redirected"].Messages == 0 || m["switched_off"].Messages == 0 || m["receiver_full"].Messages == 0 {
+			t.Errorf("not every outcome was seen: %v", m)
+		}
+	})
+}
+
+// linksIn lists the pins of links in a directory of the published datapath.
+func (l *lab) linksIn(dir string) []string {
+	l.t.Helper()
+	return must(filepath.Glob(filepath.Join(l.node.BPFFS, "skipstack/*", dir, "*")))(l.t)
+}
+
+// expectLinks fails the test unless there are so many links of pods, and of pods
+// that are gone.
+func (l *lab) expectLinks(links, parked int) {
+	l.t.Helper()
+	if got, gone := l.linksIn("links"), l.linksIn("parked"); len(got) != links || len(gone) != parked {
+		l.t.Errorf("links %v, parked %v; want %d and %d", got, gone, links, parked)
+	}
+}
+
+// TestDropPod takes a pod's part in acceleration away under traffic, and gives it
+// back; then for good.
+func TestDropPod(t *testing.T) {
+	modes(t, func(t *testing.T, s datapath.NodeSettings) {
+		l := newPublishedLab(t, s)
+		client, server := l.pod("client", enabled), l.pod("server", enabled)
+		f := l.flow(client, server)
+		f.redirects()
+		for _, p := range []*pod{client, server} {
+			check(t, datapath.DropPod(l.node.BPFFS, p.id))
+			l.expectLinks(1, 1)
+			f.plain()
+			// A link that sockets still need stays.
+			check(t, datapath.Sweep(l.node.BPFFS, 0))
+			l.expectLinks(1, 1)
+
+			if created := must(l.set.Attach(p.cgroup, p.id))(t); created {
+				t.Error("a second link was made beside the parked one")
+			}
+			check(t, l.set.SetPod(p.id, enabled))
+			l.expectLinks(2, 0)
+			f.redirects()
+		}
+		for _, p := range []*pod{client, server} {
+			check(t, datapath.DropPod(l.node.BPFFS, p.id))
+		}
+		l.expectLinks(0, 2)
+		f.plain()
+		if n := must(l.set.Live())(t); n != 2*flowConnections {
+			t.Errorf("%d live sockets, want %d", n, 2*flowConnections)
+		}
+		f.stop()
+		l.waitEmpty()
+		check(t, datapath.Sweep(l.node.BPFFS, 0))
+		l.expectLinks(0, 0)
+		if pods := must(l.set.PodCounters())(t); len(pods) != 0 {
+			t.Errorf("counters are left: %v", pods)
+		}
+		l.expectNothingKept()
+	})
+}
+
+// expectNothingKept fails the test if the maps keep something of connections that
+// are gone.
+func (l *lab) expectNothingKept() {
+	l.t.Helper()
+	for _, name := range []string{"connections", "funnel_next", "pods"} {
+		m := must(ebpf.LoadPinnedMap(l.pin(name), nil))(l.t)
+		defer m.Close()
+		n := 0
+		var key, value []byte
+		for it := m.Iterate(); it.Next(&key, &value); {
+			n++
+		}
+		if n > 0 {
+			l.t.Errorf("map %s has %d entries", name, n)
+		}
+	}
+}
+
+// pin is the path of a map of the published datapath.
+func (l *lab) pin(name string) string {
+	return filepath.Join(l.node.BPFFS, "skipstack", fmt.Sprintf("v%d", datapath.Layout), "maps", name)
+}
+
+// TestNothingIsKept ends connections in every way and looks for what the maps
+// keep of them.
+func TestNothingIsKept(t *testing.T) {
+	modes(t, func(t *testing.T, s datapath.NodeSettings) {
+		l := newPublishedLab(t, s)
+		client, server := l.pod("client", enabled), l.pod("server", enabled)
+		plain := l.plainPod("plain")
+		tl := server.listen(t, server.at(false, 0), traffic.SocketOptions{})
+		out := plain.listen(t, plain.at(false, 0), traffic.SocketOptions{})
+		ends := map[string]func(a, b *traffic.Conn){
+			"close":         func(a, b *traffic.Conn) { check(t, errors.Join(a.Close(), b.Close())) },
+			"server closes": func(a, b *traffic.Conn) { check(t, errors.Join(b.Close(), a.Close())) },
+			"reset":         func(a, b *traffic.Conn) { check(t, errors.Join(a.Reset(), b.Close())) },
+			"server resets": func(a, b *traffic.Conn) { check(t, errors.Join(b.Reset(), a.Close())) },
+			"half-close": func(a, b *traffic.Conn) {
+				check(t, a.CloseWrite())
+				if _, err := b.Write([]byte{1}); err != nil {
+					t.Error(err)
+				}
+				check(t, errors.Join(b.Close(), a.Close()))
+			},
+		}
+		for _, end := range ends {
+			for _, bytes := range []int{0, 1, 1000} {
+				for _, gate := range []bool{true, false} {
+					for _, accepted := range []bool{true, false} {
+						var a, b *traffic.Conn
+						if accepted {
+							a, b = client.pair(t, tl, traffic.SocketOptions{})
+						} else {
+							a = client.dial(t, tl)
+						}
+						l.gate(gate)
+						for _, c := range []*traffic.Conn{a, b} {
+							if c != nil && bytes > 0 {
+								write(t, c, traffic.NewStream(0), bytes)
+							}
+						}
+						if !accepted {
+							b = must(tl.Accept())(t)
+						}
+						end(a, b)
+						l.gate(true)
+					}
+				}
+			}
+			// Refused ones.
+			a, b := plain.pair(t, tl, traffic.SocketOptions{})
+			end(a, b)
+			a, b = client.pair(t, out, traffic.SocketOptions{})
+			end(a, b)
+			a, b = client.pair(t, tl, traffic.SocketOptions{Setup: tcpOption(unix.TCP_QUICKACK, 0)})
+			end(a, b)
+			a, b = client.pair(t, tl, traffic.SocketOptions{Blocking: true})
+			end(a, b)
+		}
+		l.waitEmpty()
+		for _, p := range []*pod{client, server} {
+			check(t, datapath.DropPod(l.node.BPFFS, p.id))
+		}
+		l.expectLinks(0, 0)
+		l.expectNothingKept()
+	})
+}
+
+// TestUnload unloads and loads under traffic.
+func TestUnload(t *testing.T) {
+	modes(t, func(t *testing.T, s datapath.NodeSettings) {
+		l := newPublishedLab(t, s)
+		client, server := l.pod("client", enabled), l.pod("server", enabled)
+		f := l.flow(client, server)
+		f.redirects()
+		if _, err := datapath.Unload(t.Context(), l.node.BPFFS, false); !errors.Is(err, datapath.ErrInUse) {
+			t.Fatalf("unload with pods attached: %v", err)
+		}
+		f.redirects()
+		left := must(datapath.Unload(t.Context(), l.node.BPFFS, true))(t)
+		if left.Sockets != 2*flowConnections {
+			t.Errorf("%d sockets left, want %d", left.Sockets, 2*flowConnections)
+		}
+		l.expectLinks(0, 2)
+		f.plain()
+
+		check(t, l.set.Close())
+		l.set = must(datapath.Load(t.Context(), l.node.BPFFS, datapath.LoadOptions{}))(t)
+		f.plain()
+		for _, p := range []*pod{client, server} {
+			must(l.set.Attach(p.cgroup, p.id))(t)
+			check(t, l.set.SetPod(p.id, enabled))
+		}
+		l.gate(true)
+		f.redirects()
+
+		left = must(datapath.Unload(t.Context(), l.node.BPFFS, true))(t)
+		if left.Sockets != 2*flowConnections {
+			t.Errorf("%d sockets left, want %d", left.Sockets, 2*flowConnections)
+		}
+		f.plain()
+		f.stop()
+		l.waitEmpty()
+		left = must(datapath.Unload(t.Context(), l.node.BPFFS, false))(t)
+		if _, err := os.Stat(filepath.Join(l.node.BPFFS, "skipstack")); left.Sockets != 0 || !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("after the last socket: %+v, %v", left, err)
+		}
+	})
+}
+
+// TestUpgrade replaces the programs under traffic, several times, while
+// connections are made.
+func TestUpgrade(t *testing.T) {
+	modes(t, func(t *testing.T, s datapath.NodeSettings) {
+		l := newPublishedLab(t, s)
+		client, server := l.pod("client", enabled), l.pod("server", enabled)
+		f := l.flow(client, server)
+		f.redirects()
+		tl := server.listen(t, server.at(false, 0), traffic.SocketOptions{})
+		ctl := must(ebpf.LoadPinnedMap(l.pin("skipstack_ctl"), nil))(t)
+		defer ctl.Close()
+		stop, churned := make(chan struct{}), make(chan error, 1)
+		go func() {
+			var err error
+			for err == nil {
+				select {
+				case <-stop:
+					churned <- nil
+					return
+				default:
+				}
+				var a, b *traffic.Conn
+				if a, b, err = client.host.Pair(tl, tl.Addr, traffic.SocketOptions{}); err == nil {
+					plan := traffic.Plan{Seed: 1, Bytes: 10_000, MaxWrite: 1000}
+					err = errors.Join(traffic.Exchange(a, b, plan, plan), a.Close(), b.Close())
+				}
+			}
+			churned <- err
+		}()
+		for range 3 {
+			var settings bpf.DatapathControl
+			check(t, ctl.Lookup(uint32(0), &settings))
+			settings.Build[0]++ // what is published comes from another build
+			check(t, ctl.Put(uint32(0), settings))
+			fresh, changed, err := datapath.Upgrade(t.Context(), l.node.BPFFS, datapath.LoadOptions{})
+			check(t, err)
+			if build := must(fresh.Build())(t); !changed || build != bpf.Build() {
+				t.Errorf("upgraded: %v, build %x", changed, build)
+			}
+			check(t, l.set.Close())
+			l.set = fresh
+			f.redirects() // the old connections
+			before := l.counters()
+			a, b := client.pair(t, server.listen(t, server.at(false, 0), traffic.SocketOptions{}), traffic.SocketOptions{})
+			echo(t, a, b)
+			l.expectRedirected(before)
+		}
+		if _, changed, err := datapath.Upgrade(t.Context(), l.node.BPFFS, datapath.LoadOptions{}); changed || err != nil {
+			t.Errorf("upgraded to the same build: %v, %v", changed, err)
+		}
+		close(stop)
+		check(t, <-churned)
+		// The switch reaches old and new programs alike.
+		l.gate(false)
+		f.plain()
+		l.gate(true)
+		f.redirects()
+		f.stop()
+	})
+}
+
+// TestNestedCgroups attaches the pod's cgroup and its container's, so that the
+// program runs twice for each socket: the second run must change nothing.
+func TestNestedCgroups(t *testing.T) {
+	modes(t, func(t *testing.T, s datapath.NodeSettings) {
+		l := newLab(t, s, datapath.LoadOptions{})
+		client, server := l.pod("client", enabled), l.pod("server", enabled)
+		for _, p := range []*pod{client, server} {
+			inner, id := openCgroup(t, p.ContainerCgroup)
+			defer inner.Close()
+			must(l.set.Attach(inner, id))(t)
+			check(t, l.set.SetPod(id, enabled))
+		}
+		f := l.flow(client, server)
+		f.redirects()
+		l.enrolled(datapath.Counters{}, flowConnections)
+		if n := must(l.set.Live())(t); n != 2*flowConnections {
+			t.Errorf("%d live sockets, want %d", n, 2*flowConnections)
+		}
+		l.gate(false)
+		f.plain()
+		f.stop()
+		l.waitEmpty()
+		l.expectConnections(datapath.Counters{}, map[string]uint64{"enrolled": flowConnections})
+		var enrolled uint64
+		for _, p := range must(l.set.PodCounters())(t) {
+			enrolled += p.Enrolled
+		}
+		if enrolled != 2*flowConnections {
+			t.Errorf("the pods' counters say that %d sockets were enrolled, want %d", enrolled, 2*flowConnections)
+		}
+	})
+}
+
+// TestSwitchWithoutPins unmounts the BPF file system under traffic. The programs
+// go on in the sockets that have them, and can still be switched off.
+func TestSwitchWithoutPins(t *testing.T) {
+	modes(t, func(t *testing.T, s datapath.NodeSettings) {
+		l := newPublishedLab(t, s)
+		client, server := l.pod("client", enabled), l.pod("server", enabled)
+		f := l.flow(client, server)
+		f.redirects()
+		own := mapID(t, l.pin("skipstack_switch"))
+		check(t, l.set.Close())
+		check(t, unix.Unmount(l.node.BPFFS, 0))
+		l.set = must(datapath.LoadPrivate(datapath.LoadOptions{MaxConnections: 1}))(t) // to close at the end
+
+		byTCP := func() (n uint64) {
+			for _, p := range f.pairs {
+				n += must(p[0].Info())(t).Bytes_sent + must(p[1].Info())(t).Bytes_sent
+			}
+			return n
+		}
+		before := byTCP()
+		f.progress()
+		if n := byTCP() - before; n != 0 {
+			t.Errorf("%d bytes went by TCP after the pins were gone", n)
+		}
+		restore := otherSwitches(t, own)
+		sets, err := datapath.SwitchNode(l.node.BPFFS, true)
+		restore()
+		if err != nil || sets < 1 {
+			t.Fatalf("switched %d sets off: %v", sets, err)
+		}
+		f.progress()
+		before = byTCP()
+		f.progress()
+		if n := byTCP() - before; n < 2*flowConnections*50_000 {
+			t.Errorf("only %d bytes went by TCP after the switch", n)
+		}
+		f.stop()
+	})
+}
+
+// TestSwitchNode switches the published datapath off and on by its pins.
+func TestSwitchNode(t *testing.T) {
+	l := newPublishedLab(t, datapath.NodeSettings{Funnel: true})
+	client, server := l.pod("client", enabled), l.pod("server", enabled)
+	f := l.flow(client, server)
+	f.redirects()
+	restore := otherSwitches(t, mapID(t, l.pin("skipstack_switch")))
+	must(datapath.SwitchNode(l.node.BPFFS, true))(t)
+	restore()
+	f.plain()
+	if n := must(l.set.Node())(t); !n.SwitchedOff {
+		t.Errorf("the node is not switched off: %+v", n)
+	}
+	if sets := must(datapath.SwitchNode(l.node.BPFFS, false))(t); sets != 1 {
+		t.Errorf("%d sets switched on, want 1", sets)
+	}
+	f.redirects()
+	f.stop()
+}
+
+func mapID(t *testing.T, pin string) ebpf.MapID {
+	t.Helper()
+	m := must(ebpf.LoadPinnedMap(pin, nil))(t)
+	defer m.Close()
+	id, ok := must(m.Info())(t).ID()
+	if !ok {
+		t.Fatal("the kernel does not tell a map's id")
+	}
+	return id
+}
+
+// otherSwitches returns what brings every switch in the kernel but one to where
+// it is now: other tests may be running on the machine.
+func otherSwitches(t *testing.T, own ebpf.MapID) (restore func()) {
+	t.Helper()
+	info := must(ebpf.NewMapFromID(own))(t)
+	name := must(info.Info())(t).Name
+	info.Close()
+	on := map[ebpf.MapID]bool{}
+	each := func(f func(id ebpf.MapID, m *ebpf.Map)) {
+		for id, err := ebpf.MapGetNextID(0); err == nil; id, err = ebpf.MapGetNextID(id) {
+			m, err := ebpf.NewMapFromID(id)
+			if err != nil {
+				continue
+			}
+			if i, err := m.Info(); err == nil && i.Name == name && id != own {
+				f(id, m)
+			}
+			m.Close()
+		}
+	}
+	each(func(id ebpf.MapID, m *ebpf.Map) {
+		var off uint32
+		on[id] = m.Lookup(bpf.DatapathSwitchSlotSWITCH_OFF, &off) == nil && off == 0
+	})
+	return func() {
+		each(func(id ebpf.MapID, m *ebpf.Map) {
+			if on[id] {
+				check(t, m.Put(bpf.DatapathSwitchSlotSWITCH_OFF, uint32(0)))
+				check(t, m.Put(bpf.DatapathSwitchSlotSWITCH_GENERATION, rand.Uint32()))
+			}
+		})
+	}
+}
