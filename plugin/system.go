@@ -123,7 +123,7 @@ type cgroupfs struct{}
 
 func (cgroupfs) Root(configured string) (string, error) {
 	if configured != "" {
-		return configured, nil
+		return configured, podcgroup.CheckRoot(configured)
 	}
 	return podcgroup.FindRoot("/sys/fs/cgroup", "/proc")
 }

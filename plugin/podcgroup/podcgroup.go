@@ -156,9 +156,9 @@ func (f Finder) open() (*tree, error) {
 	if f.fsType == nil {
 		f.fsType = fstatfsType
 	}
-	fd, err := openDir(f.Root)
+	fd, err := openRoot(f.Root, f.fsType)
 	if err != nil {
-		return nil, fmt.Errorf("%w: open cgroup root: %w", ErrNoCgroup2, err)
+		return nil, err
 	}
 	t := &tree{Finder: f, fd: fd}
 	var st unix.Stat_t
@@ -167,13 +167,6 @@ func (f Finder) open() (*tree, error) {
 		return nil, fmt.Errorf("stat cgroup root %s: %w", f.Root, err)
 	}
 	t.dev = st.Dev
-	if typ, err := f.fsType(fd); err != nil || typ != unix.CGROUP2_SUPER_MAGIC {
-		t.close()
-		if err != nil {
-			return nil, fmt.Errorf("statfs cgroup root %s: %w", f.Root, err)
-		}
-		return nil, fmt.Errorf("%w at %s (file system type %#x); name the cgroup2 mount point as the cgroup root", ErrNoCgroup2, f.Root, typ)
-	}
 	t.base, t.baseErr = mountBase(f.Proc, f.Root)
 	t.self, t.selfErr = readCgroup(unix.AT_FDCWD, filepath.Join(f.Proc, "self/cgroup"))
 	return t, nil

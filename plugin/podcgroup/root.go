@@ -60,6 +60,33 @@ func findRoot(sysfsCgroup, proc string, fsType func(fd int) (int64, error)) (str
 		ErrNoCgroup2, sysfsCgroup, unified, filepath.Join(proc, "self/mountinfo"))
 }
 
+// CheckRoot returns an error if path is not a directory of a cgroup2 file system.
+// The error wraps [ErrNoCgroup2] where that is certain.
+func CheckRoot(path string) error {
+	fd, err := openRoot(path, fstatfsType)
+	if err != nil {
+		return err
+	}
+	return unix.Close(fd)
+}
+
+func openRoot(path string, fsType func(fd int) (int64, error)) (fd int, err error) {
+	if fd, err = openDir(path); err != nil {
+		return -1, fmt.Errorf("%w: open cgroup root: %w", ErrNoCgroup2, err)
+	}
+	typ, err := fsType(fd)
+	if err != nil {
+		err = fmt.Errorf("statfs cgroup root %s: %w", path, err)
+	} else if typ != unix.CGROUP2_SUPER_MAGIC {
+		err = fmt.Errorf("%w at %s (file system type %#x); name the cgroup2 mount point as the cgroup root", ErrNoCgroup2, path, typ)
+	}
+	if err != nil {
+		unix.Close(fd)
+		return -1, err
+	}
+	return fd, nil
+}
+
 type mount struct {
 	root  string // directory of the hierarchy that is mounted, in this cgroup namespace's terms
 	point string

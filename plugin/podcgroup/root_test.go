@@ -128,3 +128,16 @@ func TestUnescape(t *testing.T) {
 		}
 	}
 }
+
+func TestCheckRoot(t *testing.T) {
+	for _, path := range []string{t.TempDir(), "/no/such/directory", "/dev/null", "/proc"} {
+		if err := CheckRoot(path); !errors.Is(err, ErrNoCgroup2) || !strings.Contains(err.Error(), path) {
+			t.Errorf("%s: %v", path, err)
+		}
+	}
+	if root, err := FindRoot("/sys/fs/cgroup", "/proc"); err == nil {
+		if err := CheckRoot(root); err != nil {
+			t.Error(err)
+		}
+	}
+}
