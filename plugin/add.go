@@ -118,12 +118,21 @@ func (a *addition) run(ctx context.Context) error {
 	switch {
 	case err == nil:
 		log.Debug("pod attached", "cgroup", j.record.CgroupPath)
+		for _, n := range j.notes {
+			log.Warn(n.text, "error", n.err.Error())
+		}
+		if j.plain != "" {
+			log.Info("pod is not accelerated", "reason", j.plain)
+		}
 		return nil
 	case errors.As(err, &l):
 		log.Info("pod is not accelerated", "reason", l.reason)
 		return nil
 	}
 	fields := []any{"reason", reason(err)}
+	for _, n := range j.notes {
+		fields = append(fields, n.about, n.err.Error())
+	}
 	// do's context may have ended; there is a little time left.
 	end, cancel := context.WithTimeout(context.WithoutCancel(ctx), a.p.budget/16)
 	defer cancel()
@@ -145,6 +154,15 @@ type job struct {
 	store  *attachment.Store
 	record attachment.Record
 	podUID string
+	notes  []note
+	plain  string // why the pod is plain although it is attached
+}
+
+// note is trouble that by itself does not keep the pod from being attached. It is
+// a log line of its own only where there is no other.
+type note struct {
+	about, text string
+	err         error
 }
 
 func (j *job) do(ctx context.Context) error {
@@ -182,11 +200,12 @@ func (j *job) do(ctx context.Context) error {
 	defer set.Close()
 	p.did("datapath open")
 
-	gateOpen, err := j.attach(ctx, set, pod, verdict)
+	gate, err := j.attach(ctx, set, pod, verdict)
 	if err != nil {
 		return err
 	}
-	if !gateOpen {
+	j.compareSize(set)
+	if !gate.Open {
 		j.startProber(false)
 	}
 	p.did("done")
@@ -222,7 +241,6 @@ func (j *job) open(ctx context.Context) (Set, *Verdict, error) {
 			return nil, nil, err
 		}
 		if node.Open {
-			j.compareSize(set)
 			return set, nil, nil
 		}
 	}
@@ -233,7 +251,6 @@ func (j *job) open(ctx context.Context) (Set, *Verdict, error) {
 		return nil, nil, err
 	}
 	if loaded {
-		j.compareSize(set)
 		return set, verdict, nil
 	}
 	if err := p.Datapath.EnsureBPFFS(ctx, conf.BPFFS); err != nil {
@@ -259,7 +276,7 @@ func (j *job) verdict() (*Verdict, error) {
 		return nil, nil
 	}
 	if err != nil {
-		j.log.Warn("the kernel is probed again: its verdict cannot be read", "error", err.Error())
+		j.notes = append(j.notes, note{"verdict", "the kernel is probed again: its verdict cannot be read", err})
 		return nil, nil
 	}
 	if !v.Supported {
@@ -278,50 +295,54 @@ func (j *job) compareSize(set Set) {
 // startProber cannot fail an ADD: the next one tries again.
 func (j *job) startProber(load bool) {
 	if err := j.p.Prober.Start(j.conf, load); err != nil {
-		j.log.Warn("the kernel cannot be probed, so pods stay plain: run `skipstack load`", "error", err.Error())
+		j.notes = append(j.notes, note{"prober", "the kernel cannot be probed, so pods stay plain: run `skipstack load`", err})
 	}
 }
 
-// attach does steps 2 to 6 of [Plugin.Add] and returns whether the node's gate is
-// open.
-func (j *job) attach(ctx context.Context, set Set, pod *podcgroup.Pod, verdict *Verdict) (gateOpen bool, err error) {
+// attach does steps 2 to 6 of [Plugin.Add] and returns the node's gate.
+func (j *job) attach(ctx context.Context, set Set, pod *podcgroup.Pod, verdict *Verdict) (gate datapath.NodeSettings, err error) {
 	p, conf := j.p, j.conf
 	lock, err := j.store.Lock(ctx)
 	if err != nil {
-		return false, err
+		return gate, err
 	}
 	defer lock.Unlock()
 	p.did("locked")
 
-	if gateOpen, err = openGate(set, verdict); err != nil {
-		return false, err
+	if gate, err = openGate(set, verdict); err != nil {
+		return gate, err
 	}
 	p.did("gate opened")
 
 	if err := j.clear(pod.ID); err != nil {
-		return false, err
+		return gate, err
 	}
 	dev, mountNS, err := p.Datapath.BPFFSIdentity(conf.BPFFS)
 	if err != nil {
-		return false, err
+		return gate, err
 	}
 	j.record.BPFFSDev, j.record.MountNS = dev, mountNS
 	j.record.Status = attachment.Attaching
 	if err := j.store.Put(j.record); err != nil {
-		return false, err
+		return gate, err
 	}
 	p.did("attaching recorded")
 	if _, err := set.Attach(pod.Dir, pod.ID); err != nil {
-		return false, err
+		return gate, err
 	}
 	p.did("link attached")
 	if err := p.settle(j.store, conf.BPFFS, pod.ID, nil, set); err != nil {
-		return false, err
+		return gate, err
 	}
 	p.did("settings written")
+	settings, _, err := set.Pod(pod.ID)
+	if err != nil {
+		return gate, err
+	}
+	j.plain = whyPlain(gate, settings)
 	j.record.Status = attachment.Attached
 	if err := j.store.Put(j.record); err != nil {
-		return false, err
+		return gate, err
 	}
 	p.did("attached recorded")
 
@@ -330,19 +351,36 @@ func (j *job) attach(ctx context.Context, set Set, pod *podcgroup.Pod, verdict *
 		j.log.Warn("links of dead cgroups are left", "error", err.Error())
 	}
 	p.did("swept")
-	return gateOpen, nil
+	return gate, nil
 }
 
 // openGate opens the node's gate if the verdict is known. The lock is held.
-func openGate(set Set, verdict *Verdict) (open bool, err error) {
+func openGate(set Set, verdict *Verdict) (datapath.NodeSettings, error) {
 	node, err := set.Node()
-	if err != nil {
-		return false, err
+	if err != nil || node.Open || verdict == nil {
+		return node, err
 	}
-	if node.Open || verdict == nil {
-		return node.Open, nil
+	if err := set.SetNode(verdict.Node); err != nil {
+		return node, err
 	}
-	return verdict.Node.Open, set.SetNode(verdict.Node)
+	return set.Node()
+}
+
+// whyPlain says why the datapath leaves the connections of an attached pod alone,
+// "" where it does not. A gate that is closed is about to be opened.
+func whyPlain(node datapath.NodeSettings, pod datapath.PodSettings) string {
+	switch {
+	case !node.Open || node.Accelerates(pod):
+		return ""
+	case node.SwitchedOff:
+		return "switched off on this node: `skipstack on` switches it on"
+	case pod.SwitchedOff:
+		return "switched off: `skipstack on --pod` switches it on"
+	case !pod.Enabled:
+		return "another network of the pod keeps it plain"
+	}
+	return fmt.Sprintf("the kernel has risks that are not accepted: %s (key acceptRisks, or annotation %s)",
+		node.Risks&^pod.Accepted, annotationMode)
 }
 
 // clear undoes what an earlier ADD of the same attachment has left, if that was

@@ -258,11 +258,19 @@ func TestAddNodeGate(t *testing.T) {
 		b.wantLinks(101)
 		b.wantLines(1, "EAGAIN", "skipstack load")
 	})
+	t.Run("prober does not start, and loading fails", func(t *testing.T) {
+		b := newBench(t)
+		b.verdicts.cached, b.verdicts.err, b.prober.err = nil, errors.New("EIO"), errors.New("fork: EAGAIN")
+		b.datapath.fail["Load"] = errors.New("not permitted")
+		b.mustAdd(request{})
+		b.wantLines(1, `reason="not permitted"`, "verdict=EIO", `prober="fork: EAGAIN"`)
+	})
 	t.Run("verdict unreadable", func(t *testing.T) {
 		b := newBench(t)
 		b.verdicts.cached, b.verdicts.err = nil, errors.New("EIO")
 		b.mustAdd(request{})
 		b.wantLinks(101)
+		b.wantLines(1, "EIO")
 		if len(b.prober.starts) != 1 {
 			t.Errorf("prober %v", b.prober.starts)
 		}
@@ -275,6 +283,54 @@ func TestAddNodeGate(t *testing.T) {
 		if err != nil || out == "" || b.datapath.called("Load") != 1 {
 			t.Errorf("error %v, calls %v", err, b.datapath.calls)
 		}
+	})
+}
+
+// A pod that is attached and yet plain is worth a line, if the gate is open.
+func TestAddSaysWhyPlain(t *testing.T) {
+	risky := datapath.NodeSettings{Open: true, Risks: datapath.RiskSplice | datapath.RiskEpoll}
+	for name, tc := range map[string]struct {
+		node datapath.NodeSettings
+		conf string
+		says string // "": nothing
+	}{
+		"safe":            {datapath.NodeSettings{Open: true}, ``, ""},
+		"closed":          {datapath.NodeSettings{Risks: datapath.RiskSplice}, ``, ""},
+		"accepted":        {risky, `"acceptRisks":["splice","epoll"]`, ""},
+		"accepted wholly": {risky, `"mode":"on"`, ""},
+		"not accepted":    {risky, ``, "risks that are not accepted: splice, epoll ("},
+		"in part":         {risky, `"acceptRisks":["splice"]`, "risks that are not accepted: epoll ("},
+		"switched off":    {datapath.NodeSettings{Open: true, SwitchedOff: true}, ``, "`skipstack on`"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			b := newBench(t)
+			b.datapath.loaded, b.datapath.node = true, tc.node
+			b.verdicts.cached = nil
+			r := request{conf: tc.conf}
+			b.mustAdd(r)
+			b.wantRecord(r, attachment.Attached, "")
+			if tc.says == "" {
+				b.wantLines(0)
+			} else {
+				b.wantLines(1, "level=INFO", "pod is not accelerated", "container=c1", tc.says)
+			}
+		})
+	}
+	t.Run("pod switched off", func(t *testing.T) {
+		b := newBench(t)
+		b.mustAdd(request{})
+		if _, err := b.node().SwitchPod(t.Context(), b.config(), "ns", "web", true); err != nil {
+			t.Fatal(err)
+		}
+		b.mustAdd(request{container: "c2"})
+		b.wantLines(1, "`skipstack on --pod`")
+	})
+	t.Run("another network is off", func(t *testing.T) {
+		b := newBench(t)
+		b.mustAdd(request{network: "one", conf: `"mode":"off"`})
+		b.logs.take()
+		b.mustAdd(request{network: "two"})
+		b.wantLines(1, "another network")
 	})
 }
 
