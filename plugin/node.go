@@ -93,36 +93,36 @@ func (n *Node) Load(ctx context.Context, conf Config) (Loaded, error) {
 // Probe is the detached child of an ADD: it finds the verdict out, and opens the
 // node's gate if the datapath is loaded, or if it may load it. held is the probe
 // lock that the child has inherited, or nil; Probe closes it.
-func (n *Node) Probe(ctx context.Context, conf Config, load bool, held *os.File) error {
+func (n *Node) Probe(ctx context.Context, conf Config, load bool, held *os.File) (Verdict, error) {
 	if held == nil {
 		var err error
 		if held, err = n.lockProbe(ctx, conf); err != nil {
-			return err
+			return Verdict{}, err
 		}
 	}
 	// To the end, so that an Unload that waits for the lock comes after all.
 	defer held.Close()
 	v, err := n.verdict(ctx, conf)
 	if err != nil {
-		return err
+		return v, err
 	}
 	set, err := n.Datapath.Open(conf.BPFFS)
 	if load && v.Supported && (errors.Is(err, datapath.ErrNotLoaded) || errors.Is(err, datapath.ErrDamaged)) {
 		waiting, cancel := context.WithTimeout(ctx, n.lockWait)
 		defer cancel()
 		if err := n.Datapath.EnsureBPFFS(waiting, conf.BPFFS); err != nil {
-			return err
+			return v, err
 		}
 		set, err = n.Datapath.Load(waiting, conf.BPFFS, datapath.LoadOptions{MaxConnections: conf.MaxConnections})
 	}
 	if errors.Is(err, datapath.ErrNotLoaded) {
-		return nil // unloaded meanwhile; the next ADD loads it and finds the verdict
+		return v, nil // unloaded meanwhile; the next ADD loads it and finds the verdict
 	}
 	if err != nil {
-		return err
+		return v, err
 	}
 	defer set.Close()
-	return n.apply(ctx, conf, set, v)
+	return v, n.apply(ctx, conf, set, v)
 }
 
 // verdict returns the cached verdict or probes. The probe lock is held.

@@ -72,14 +72,14 @@ func TestProbe(t *testing.T) {
 	if b.datapath.node.Open {
 		t.Fatal("the gate is open")
 	}
-	if err := b.node().Probe(t.Context(), b.config(), false, nil); err != nil {
-		t.Fatal(err)
+	if v, err := b.node().Probe(t.Context(), b.config(), false, nil); err != nil || !v.Supported {
+		t.Fatalf("verdict %+v, error %v", v, err)
 	}
 	if !b.datapath.node.Open || b.verdicts.probes != 1 {
 		t.Errorf("gate %+v after %d probes", b.datapath.node, b.verdicts.probes)
 	}
 	// A second prober finds the verdict.
-	if err := b.node().Probe(t.Context(), b.config(), false, nil); err != nil || b.verdicts.probes != 1 {
+	if _, err := b.node().Probe(t.Context(), b.config(), false, nil); err != nil || b.verdicts.probes != 1 {
 		t.Errorf("error %v, %d probes", err, b.verdicts.probes)
 	}
 
@@ -87,16 +87,16 @@ func TestProbe(t *testing.T) {
 	if _, err := b.node().Unload(t.Context(), b.config(), true); err != nil {
 		t.Fatal(err)
 	}
-	if err := b.node().Probe(t.Context(), b.config(), false, nil); err != nil || b.datapath.loaded {
+	if _, err := b.node().Probe(t.Context(), b.config(), false, nil); err != nil || b.datapath.loaded {
 		t.Errorf("error %v, loaded %v", err, b.datapath.loaded)
 	}
-	if err := b.node().Probe(t.Context(), b.config(), true, nil); err != nil || !b.datapath.loaded || !b.datapath.node.Open {
+	if _, err := b.node().Probe(t.Context(), b.config(), true, nil); err != nil || !b.datapath.loaded || !b.datapath.node.Open {
 		t.Errorf("error %v, loaded %v, gate %+v", err, b.datapath.loaded, b.datapath.node)
 	}
 
 	b.verdicts.cached, b.verdicts.probed = nil, &Verdict{}
 	b.datapath.loaded = false
-	if err := b.node().Probe(t.Context(), b.config(), true, nil); err != nil || b.datapath.loaded {
+	if _, err := b.node().Probe(t.Context(), b.config(), true, nil); err != nil || b.datapath.loaded {
 		t.Errorf("unsupported: error %v, loaded %v", err, b.datapath.loaded)
 	}
 }
@@ -108,7 +108,7 @@ func TestProbeLock(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := b.node().Probe(t.Context(), b.config(), false, nil); !errors.Is(err, errProbing) {
+	if _, err := b.node().Probe(t.Context(), b.config(), false, nil); !errors.Is(err, errProbing) {
 		t.Errorf("Probe: %v", err)
 	}
 	if _, err := b.node().Load(t.Context(), b.config()); !errors.Is(err, errProbing) {
@@ -118,7 +118,7 @@ func TestProbeLock(t *testing.T) {
 		t.Errorf("Unload: %v", err)
 	}
 	// The child has the lock and gives it back.
-	if err := b.node().Probe(t.Context(), b.config(), false, held); err != nil {
+	if _, err := b.node().Probe(t.Context(), b.config(), false, held); err != nil {
 		t.Error(err)
 	}
 	held, err = lockProbe(ended(), b.runDir)

@@ -164,7 +164,7 @@ func TestCommands(t *testing.T) {
 		{name: "off malformed pod", args: "off --run-dir RUN --pod web", prepare: loaded, code: 2, err: `--pod "web" is not NAMESPACE/NAME`},
 		{name: "version", args: "version", out: []string{"skipstack ", "CNI specification 0.3.0, 0.3.1, 0.4.0, 1.0.0, 1.1.0"}},
 		{name: "version, argument", args: "version x", code: 2, err: "x"},
-		{name: "probe", args: `probe --entry {"runDir":"RUN"}`, prepare: loaded},
+		{name: "probe", args: `probe --entry {"runDir":"RUN"}`, prepare: loaded, err: `verdict="risky: splice"`},
 		{name: "probe, bad entry", args: `probe --entry {"x":1}`, code: 2, err: `unknown key "x"`},
 		{name: "probe, bad descriptor", args: `probe --lock-fd 999`, code: 2, err: "--lock-fd 999"},
 		{name: "config missing", args: "load --config /no/such/file", code: 2, err: "no such file"},

@@ -215,10 +215,12 @@ func (c *cli) probe() *cobra.Command {
 			}
 			log, closer := c.deps.Log(conf)
 			defer closer.Close()
-			if err := plugin.NewNode(c.deps).Probe(cmd.Context(), conf, load, held); err != nil {
+			v, err := plugin.NewNode(c.deps).Probe(cmd.Context(), conf, load, held)
+			if err != nil {
 				log.Warn("the kernel was not probed, so pods stay plain: run `skipstack load`", "error", err.Error())
 				return &failed{err}
 			}
+			log.Info("the kernel was probed", "verdict", v.Summary)
 			return nil
 		},
 	}
