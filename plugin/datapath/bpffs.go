@@ -101,14 +101,18 @@ func BPFFSIdentity(path string) (dev, mountNS uint64, err error) {
 // haveCompareAndSwap returns nil, [ebpf.ErrNotSupported], or what kept it from
 // finding out. Linux 5.12, commit 5ffa25502b5a.
 func haveCompareAndSwap() error {
+	swap := asm.CmpXchg.Mem(asm.RFP, asm.R1, asm.DWord, -8)
+	// BPF_CMPXCHG, include/uapi/linux/bpf.h. cilium/ebpf 0.22 encodes 0, a plain
+	// addition that every kernel knows.
+	swap.Constant = 0xf1
 	p, err := ebpf.NewProgram(&ebpf.ProgramSpec{
 		Type:    ebpf.SocketFilter,
 		License: "GPL",
 		Instructions: asm.Instructions{
-			asm.StoreImm(asm.RFP, -8, 0, asm.DWord),
 			asm.Mov.Imm(asm.R0, 0),
 			asm.Mov.Imm(asm.R1, 1),
-			asm.CmpXchg.Mem(asm.RFP, asm.R1, asm.DWord, -8),
+			asm.StoreMem(asm.RFP, -8, asm.R0, asm.DWord),
+			swap,
 			asm.Mov.Imm(asm.R0, 0),
 			asm.Return(),
 		},

@@ -99,6 +99,18 @@ func TestLoadNeedsBPFFS(t *testing.T) {
 	}
 }
 
+// TestCompareAndSwapIsFound asks on a kernel that runs the datapath. On one that
+// is too old, test/vm asks in a virtual machine.
+func TestCompareAndSwapIsFound(t *testing.T) {
+	cgroupRoot(t)
+	if err := haveCompareAndSwap(); err != nil {
+		t.Error(err)
+	}
+	if err := CheckKernel(); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestConcurrentLoadsPublishOne(t *testing.T) {
 	bpffs := newBPFFS(t)
 	var wg sync.WaitGroup

@@ -138,11 +138,28 @@ func load(spec *ebpf.CollectionSpec, maps map[string]*ebpf.Map, window time.Dura
 	return s, nil
 }
 
+// CheckKernel returns an error wrapping [ErrUnsupported] if the kernel is certainly
+// too old. It takes no time, and it works where EPERM would hide the reason:
+// kernels before 5.11 charge BPF programs and maps to RLIMIT_MEMLOCK, which is
+// lifted meanwhile if the caller may.
+func CheckKernel() error {
+	var limit unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_MEMLOCK, &limit); err == nil {
+		infinite := unix.Rlimit{Cur: unix.RLIM_INFINITY, Max: unix.RLIM_INFINITY}
+		if unix.Setrlimit(unix.RLIMIT_MEMLOCK, &infinite) == nil {
+			defer unix.Setrlimit(unix.RLIMIT_MEMLOCK, &limit)
+		}
+	}
+	if err := haveCompareAndSwap(); errors.Is(err, ebpf.ErrNotSupported) {
+		return fmt.Errorf("%w: no BPF compare-and-swap instruction; Linux 5.12 brought it, 6.1 is the oldest supported", ErrUnsupported)
+	}
+	return nil
+}
+
 // explain names what the kernel lacks.
 func explain(err error) error {
-	// Before Linux 5.11 a small RLIMIT_MEMLOCK gives EPERM too.
-	if e := haveCompareAndSwap(); errors.Is(e, ebpf.ErrNotSupported) {
-		return fmt.Errorf("%w: no BPF compare-and-swap instruction; Linux 5.12 brought it, 6.1 is the oldest supported", ErrUnsupported)
+	if e := CheckKernel(); e != nil {
+		return e
 	}
 	// Unprivileged, some errors of the library name old kernels instead.
 	if errors.Is(err, unix.EPERM) || errors.Is(features.HaveProgramType(ebpf.SkMsg), unix.EPERM) {

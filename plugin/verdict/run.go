@@ -85,6 +85,10 @@ func Run(ctx context.Context, env Env) (*Verdict, error) {
 	if err := sweep(ctx, env.CgroupRoot); err != nil {
 		return nil, err
 	}
+	if err := datapath.CheckKernel(); err != nil {
+		v.unloadable(err)
+		return v, nil
+	}
 	// Errors of loading may hide that it is not permitted: what looks for the
 	// reason is not permitted either.
 	if err := features.HaveProgramType(ebpf.SkMsg); errors.Is(err, fs.ErrPermission) {
