@@ -28,6 +28,7 @@ type Header struct {
 	Kernel     string     `json:"kernel"`
 	CPU        string     `json:"cpu"`
 	CPUs       int        `json:"cpus"`
+	Congestion string     `json:"tcp_congestion_control"` // plain TCP's speed depends on it
 	Version    string     `json:"version"`
 	Go         string     `json:"go"`
 	Parameters Parameters `json:"parameters"`
@@ -36,7 +37,7 @@ type Header struct {
 
 func newReport(p Parameters, f Facts) *Report {
 	return &Report{Header: Header{
-		Kernel: kernelRelease(), CPU: cpuModel(), CPUs: runtime.NumCPU(),
+		Kernel: kernelRelease(), CPU: cpuModel(), CPUs: runtime.NumCPU(), Congestion: congestionControl(),
 		Version: version(), Go: runtime.Version(), Parameters: p, Facts: f,
 	}}
 }
@@ -65,6 +66,15 @@ func kernelRelease() string {
 		return "unknown"
 	}
 	return unix.ByteSliceToString(u.Release[:])
+}
+
+// congestionControl is the default of this network namespace, which new ones take over.
+func congestionControl() string {
+	name, err := os.ReadFile("/proc/sys/net/ipv4/tcp_congestion_control")
+	if err != nil {
+		return "unknown"
+	}
+	return strings.TrimSpace(string(name))
 }
 
 // cpuModel is the name that /proc/cpuinfo gives; architectures differ in its key.
@@ -99,7 +109,7 @@ func (r *Report) writeText(w io.Writer) error {
 	var b bytes.Buffer
 	h := r.Header
 	fmt.Fprintf(&b, "\nLinux %s, %s, %d CPUs. Kernel verdict: %s.\n", h.Kernel, h.CPU, h.CPUs, h.Verdict)
-	fmt.Fprintf(&b, "Two pods on a %s.\n", h.Network)
+	fmt.Fprintf(&b, "Two pods on a %s; congestion control %s.\n", h.Network, h.Congestion)
 	fmt.Fprintf(&b, "Medians of %d pairs of runs of %v; plain and accelerated runs differ only in the\n", h.Parameters.Repeats, h.Parameters.Length)
 	fmt.Fprintln(&b, "processes' cgroup. The pods accept two risks, which is right here: splice, as the processes")
 	fmt.Fprintln(&b, "only send and recv, and blocking, as one thread reads each socket and retries on EAGAIN.")
