@@ -1,0 +1,343 @@
+package cni_test
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/skipstack/skipstack/plugin/datapath"
+	"github.com/skipstack/skipstack/test/datapath/traffic"
+	"github.com/skipstack/skipstack/test/node"
+)
+
+func TestMain(m *testing.M) {
+	os.Exit(node.Main(m, node.MainOptions{
+		Workers: map[string]node.Worker{
+			traffic.WorkerName: traffic.Worker,
+			holdName:           hold,
+			handicapName:       handicap,
+		},
+		Build: []string{"github.com/skipstack/skipstack/cmd/skipstack"},
+		Tools: []string{"bridge", "ptp", "host-local"},
+	}))
+}
+
+const (
+	patience = 20 * time.Second // for what comes about by itself
+	tick     = 2 * time.Millisecond
+	// budget is what ADD and DEL may take, and startUp what a machine that is
+	// busy with other things may take on top to start a process.
+	budget  = 2 * time.Second
+	startUp = 2 * time.Second
+)
+
+func program() string { return filepath.Join(node.ProgramDir(), node.PluginType) }
+
+// A site is a node to test on.
+type site struct {
+	*node.Node
+	t    *testing.T
+	log  *lockedBuffer // what plugins that libcni ran wrote to stderr
+	pods []*pod
+}
+
+type options struct {
+	node.Options
+	// unprobed leaves the verdict to be found by the first ADD, as after a boot.
+	unprobed bool
+}
+
+// newSite makes a node. At the test's end nothing may be left on it of any pod.
+func newSite(t *testing.T, o options) *site {
+	t.Helper()
+	s := &site{t: t, log: &lockedBuffer{}}
+	o.Log = s.log
+	s.Node = node.ForTest(t, o.Options)
+	t.Cleanup(func() {
+		s.waitProber()
+		for _, p := range s.pods {
+			check(t, p.host.Close())
+		}
+		left, err := s.ClosePods()
+		if err != nil || len(left) > 0 {
+			t.Error("left behind:", left, err)
+		}
+		// Sweeps and repairs what was left on purpose.
+		s.gcAll()
+		if !t.Failed() {
+			s.wantNothing()
+		}
+	})
+	if !o.unprobed {
+		v := theVerdict(t)
+		check(t, os.MkdirAll(s.RunDir, 0o700))
+		check(t, os.WriteFile(filepath.Join(s.RunDir, v.file), v.content, 0o600))
+	}
+	return s
+}
+
+// verdict is what `skipstack load --json` says of this machine's kernel.
+type verdict struct {
+	Verdict string   `json:"verdict"`
+	Risks   []string `json:"risks"`
+
+	file    string // name and content in the run directory
+	content []byte
+}
+
+// accelerates says whether connections of pods that accept these risks are
+// accelerated on this kernel.
+func (v verdict) accelerates(accepted ...string) bool {
+	return v.Verdict != "unsupported" &&
+		!slices.ContainsFunc(v.Risks, func(risk string) bool { return !slices.Contains(accepted, risk) })
+}
+
+var probed struct {
+	sync.Mutex
+	*verdict
+}
+
+// theVerdict has the kernel probed, once.
+func theVerdict(t *testing.T) verdict {
+	t.Helper()
+	probed.Lock()
+	defer probed.Unlock()
+	if probed.verdict != nil {
+		return *probed.verdict
+	}
+	s := newSite(t, options{unprobed: true})
+	got := s.cli("load", "--json")
+	var out struct {
+		Verdict verdict `json:"verdict"`
+		Was     string  `json:"was"`
+		Open    bool    `json:"open"`
+	}
+	if err := json.Unmarshal([]byte(got.stdout), &out); err != nil || out.Verdict.Verdict == "" {
+		t.Fatalf("load --json: %v, %+v", err, got)
+	}
+	if got.code != 0 || out.Was != "nothing" || !out.Open {
+		t.Fatalf("these tests need a kernel that is supported; load said %+v", got)
+	}
+	files := must(filepath.Glob(filepath.Join(s.RunDir, "verdict-*.json")))(t)
+	if len(files) != 1 {
+		t.Fatalf("files of the verdict: %v", files)
+	}
+	out.Verdict.file = filepath.Base(files[0])
+	out.Verdict.content = must(os.ReadFile(files[0]))(t)
+	t.Logf("the kernel's verdict: %s %v", out.Verdict.Verdict, out.Verdict.Risks)
+	probed.verdict = &out.Verdict
+	return *probed.verdict
+}
+
+// record is an attachment's file as docs and other programs know it.
+type record struct {
+	Version      int             `json:"version"`
+	Network      string          `json:"network"`
+	ContainerID  string          `json:"containerID"`
+	IfName       string          `json:"ifName"`
+	PodNamespace string          `json:"podNamespace"`
+	PodName      string          `json:"podName"`
+	PodUID       string          `json:"podUID"`
+	Status       string          `json:"status"`
+	Reason       string          `json:"reason"`
+	CgroupID     uint64          `json:"cgroupID"`
+	CgroupPath   string          `json:"cgroupPath"`
+	BPFFSDev     uint64          `json:"bpffsDev"`
+	Settings     json.RawMessage `json:"settings"`
+}
+
+// records reads the attachments' files.
+func (s *site) records() []record {
+	s.t.Helper()
+	var all []record
+	for _, path := range must(filepath.Glob(filepath.Join(s.RunDir, "attachments", "[0-9a-f]*.json")))(s.t) {
+		raw, err := os.ReadFile(path)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		check(s.t, err)
+		var r record
+		if err := json.Unmarshal(raw, &r); err != nil {
+			s.t.Fatalf("%s: %v: %s", path, err, raw)
+		}
+		all = append(all, r)
+	}
+	return all
+}
+
+// record returns the one record of a container.
+func (s *site) record(container string) record {
+	s.t.Helper()
+	all := slices.DeleteFunc(s.records(), func(r record) bool { return r.ContainerID != container })
+	if len(all) != 1 {
+		s.t.Fatalf("container %s has %d records, want 1: %+v", container, len(all), all)
+	}
+	return all[0]
+}
+
+// wantRecord checks a container's record. An empty reason stands for none.
+func (s *site) wantRecord(container, status, reason string) {
+	s.t.Helper()
+	r := s.record(container)
+	if r.Status != status || !strings.HasPrefix(r.Reason, reason) || reason == "" && r.Reason != "" {
+		s.t.Errorf("record of container %.12s is %s (%s), want %s (%s)", container, r.Status, r.Reason, status, reason)
+	}
+}
+
+// links lists the pinned links by cgroup id, parked ones included.
+func (s *site) links() []uint64 {
+	s.t.Helper()
+	var ids []uint64
+	for _, dir := range []string{"links", "parked"} {
+		for _, path := range must(filepath.Glob(filepath.Join(s.BPFFS, "skipstack/v*", dir, "*")))(s.t) {
+			ids = append(ids, must(strconv.ParseUint(filepath.Base(path), 10, 64))(s.t))
+		}
+	}
+	slices.Sort(ids)
+	return ids
+}
+
+func (s *site) wantLinks(ids ...uint64) {
+	s.t.Helper()
+	slices.Sort(ids)
+	if got := s.links(); !slices.Equal(got, ids) {
+		s.t.Errorf("pinned links of cgroups %v, want %v", got, ids)
+	}
+}
+
+// leftovers lists what no attachment that is gone may leave in the run directory
+// and on the bpffs.
+func (s *site) leftovers() []string {
+	s.t.Helper()
+	var left []string
+	for _, pattern := range []string{
+		filepath.Join(s.RunDir, "attachments", "*"), // temporary files too
+		filepath.Join(s.RunDir, "cgroups", "*"), filepath.Join(s.RunDir, ".*"),
+		filepath.Join(s.BPFFS, "skipstack", "tmp-*"),
+		filepath.Join(s.BPFFS, "skipstack", "v*", "links", "*"), filepath.Join(s.BPFFS, "skipstack", "v*", "parked", "*"),
+		filepath.Join(s.CgroupRoot, "skipstack-*"),
+	} {
+		left = append(left, must(filepath.Glob(pattern))(s.t)...)
+	}
+	set, err := datapath.Open(s.BPFFS)
+	if errors.Is(err, datapath.ErrNotLoaded) {
+		return left
+	}
+	check(s.t, err)
+	defer set.Close()
+	for id := range must(set.PodCounters())(s.t) {
+		left = append(left, fmt.Sprintf("counters of cgroup %d", id))
+	}
+	return left
+}
+
+func (s *site) wantNothing() {
+	s.t.Helper()
+	if left := s.leftovers(); len(left) > 0 {
+		s.t.Errorf("%d things are left: %v", len(left), left[:min(len(left), 8)])
+	}
+}
+
+// counters reads the datapath's counters; without a datapath all are zero.
+func (s *site) counters() datapath.Counters {
+	s.t.Helper()
+	set, err := datapath.Open(s.BPFFS)
+	if errors.Is(err, datapath.ErrNotLoaded) {
+		return datapath.Counters{}
+	}
+	check(s.t, err)
+	defer set.Close()
+	return must(set.Counters())(s.t)
+}
+
+// gcAll runs a GC that names no attachment as valid for every network with a
+// record.
+func (s *site) gcAll() {
+	s.t.Helper()
+	networks := []string{"net"} // GC also sweeps what belongs to none
+	for _, r := range s.records() {
+		if !slices.Contains(networks, r.Network) {
+			networks = append(networks, r.Network)
+		}
+	}
+	for _, name := range networks {
+		s.want(0, s.run(call{verb: "GC", network: name, members: `"cni.dev/valid-attachments":[]`}))
+	}
+}
+
+// waitProber waits until no detached prober runs.
+func (s *site) waitProber() {
+	s.t.Helper()
+	f, err := os.Open(filepath.Join(s.RunDir, "probe.lock"))
+	if errors.Is(err, fs.ErrNotExist) {
+		return
+	}
+	check(s.t, err)
+	defer f.Close()
+	wait(s.t, "the prober ends", func() (string, bool) {
+		return "the probe lock is held", unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB) == nil
+	})
+}
+
+// wait waits until the condition holds.
+func wait(t *testing.T, what string, condition func() (state string, ok bool)) {
+	t.Helper()
+	for deadline := time.Now().Add(patience); ; time.Sleep(tick) {
+		state, ok := condition()
+		if ok {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("waited in vain until %s: %s", what, state)
+		}
+	}
+}
+
+// must returns v, or fails the test that is given afterwards: must(f())(t).
+func must[T any](v T, err error) func(*testing.T) T {
+	return func(t *testing.T) T {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return v
+	}
+}
+
+func check(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+type lockedBuffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (b *lockedBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.b.Write(p)
+}
+
+// take returns what was written since the last take.
+func (b *lockedBuffer) take() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	defer b.b.Reset()
+	return b.b.String()
+}
