@@ -344,6 +344,8 @@ func takeOver(addr netip.Addr, mac net.HardwareAddr) error {
 // another host. What it sends is its socket's own, but the SYN-ACK goes to that
 // host, so the attacker puts one of its own into its namespace. TCP itself is
 // content with the right number; nothing the server sends may reach the attacker.
+// (A listener with the same addresses in a namespace of the attacker's, and the
+// time, give the number to within some hundred candidates.)
 func TestSpoofedAddress(t *testing.T) {
 	t.Run("number overheard", func(t *testing.T) {
 		s := newSpoof(t, nil)
