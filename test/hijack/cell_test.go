@@ -86,9 +86,12 @@ func (c *cell) close() {
 // receive reads a reply.
 func (c *cell) receive() (fds []int, err error) {
 	buf, oob := make([]byte, 4096), make([]byte, unix.CmsgSpace(4*cellBatch))
-	n, on, _, _, err := c.conn.ReadMsgUnix(buf, oob)
+	n, on, flags, _, err := c.conn.ReadMsgUnix(buf, oob)
 	if err != nil {
 		return nil, fmt.Errorf("cell: %w", err)
+	}
+	if flags&unix.MSG_CTRUNC != 0 {
+		return nil, errors.New("cell: no room for more descriptors")
 	}
 	var r cellReply
 	if err := json.Unmarshal(buf[:n], &r); err != nil {

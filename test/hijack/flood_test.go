@@ -29,6 +29,7 @@ type flood struct {
 // record; without, SYN cookies end that.
 func (l *lab) flood(to netip.AddrPort, reset bool) *flood {
 	f := &flood{}
+	l.t.Cleanup(f.halt)
 	f.wg.Go(func() {
 		for host := uint32(0); !f.stop.Load() && f.err == nil; host++ {
 			addr := elsewhere.Addr().As4()
@@ -46,10 +47,14 @@ func (l *lab) flood(to netip.AddrPort, reset bool) *flood {
 	return f
 }
 
-func (f *flood) end(t *testing.T) {
-	t.Helper()
+func (f *flood) halt() {
 	f.stop.Store(true)
 	f.wg.Wait()
+}
+
+func (f *flood) end(t *testing.T) {
+	t.Helper()
+	f.halt()
 	check(t, f.err)
 	t.Logf("%d SYNs", f.sent.Load())
 }
@@ -76,6 +81,19 @@ func (p pair) exchange(token string) error {
 }
 
 func (p pair) close() error { return errors.Join(unix.Close(p.client), unix.Close(p.server)) }
+
+// pairs are connections that are open at once; a process may have but 4096
+// descriptors.
+type pairs []pair
+
+func (p *pairs) close() error {
+	var errs []error
+	for _, one := range *p {
+		errs = append(errs, one.close())
+	}
+	*p = nil
+	return errors.Join(errs...)
+}
 
 // TestSYNFlood floods an accelerated listener. Connections that exist stay
 // accelerated; new ones come about, if only by TCP.
@@ -125,26 +143,24 @@ func TestSYNFlood(t *testing.T) {
 // TestEviction opens more connections than there is room for records of, before
 // the first of them sends.
 func TestEviction(t *testing.T) {
-	const records, connections = 1024, 2000
+	const records, connections = 1024, 1500
 	l := newLab(t, datapath.LoadOptions{MaxConnections: 4 * records})
 	a, b := l.pod("client"), l.pod("server")
 	server := netip.AddrPortFrom(b.addr, 80)
 	clients, listener := newCell(t, a.Pod, cellOptions{}), newCell(t, b.Pod, cellOptions{}).listen(t, server)
-	var pairs []pair
+	var open pairs
+	t.Cleanup(func() { check(t, open.close()) })
 	before := l.counters()
 	for range connections {
 		p, err := newPair(clients, listener, server)
 		check(t, err)
-		pairs = append(pairs, p)
+		open = append(open, p)
 	}
 	l.expect(before, map[string]uint64{"enrolled": connections})
 	for round := range 3 {
-		for i, p := range pairs {
+		for i, p := range open {
 			check(t, p.exchange(fmt.Sprint("round ", round, " connection ", i)))
 		}
-	}
-	for _, p := range pairs {
-		check(t, p.close())
 	}
 	// A client without a record sends by TCP, its server may redirect.
 	m := l.counters().Since(before).Messages
@@ -160,21 +176,20 @@ func TestMapFull(t *testing.T) {
 	a, b := l.pod("client"), l.pod("server")
 	server := netip.AddrPortFrom(b.addr, 80)
 	clients, listener := newCell(t, a.Pod, cellOptions{}), newCell(t, b.Pod, cellOptions{}).listen(t, server)
+	var open pairs
+	t.Cleanup(func() { check(t, open.close()) })
 	for round := range 3 {
 		before := l.counters()
-		var pairs []pair
 		for range 100 {
 			p, err := newPair(clients, listener, server)
 			check(t, err)
-			pairs = append(pairs, p)
+			open = append(open, p)
 		}
-		for i, p := range pairs {
+		for i, p := range open {
 			check(t, p.exchange(fmt.Sprint("round ", round, " connection ", i)))
 		}
 		l.expect(before, map[string]uint64{"enrolled": 16, "map_full": 84})
-		for _, p := range pairs {
-			check(t, p.close())
-		}
+		check(t, open.close())
 		for deadline := time.Now().Add(patience); ; time.Sleep(time.Millisecond) {
 			n, err := l.set.Enrolled()
 			check(t, err)
@@ -207,18 +222,16 @@ func TestChurn(t *testing.T) {
 			listener := cells.listen(t, server)
 			t.Run(fmt.Sprint("pod ", i), func(t *testing.T) {
 				t.Parallel()
-				var pairs [idle]pair
+				var open pairs
+				t.Cleanup(func() { check(t, open.close()) })
 				for n := range tries {
-					if p := pairs[n%idle]; n >= idle {
+					p, err := newPair(clients, listener, server)
+					check(t, err)
+					if open = append(open, p); len(open) > idle {
+						p, open = open[0], open[1:]
 						token := fmt.Sprint("pod ", i, " connection ", n)
 						check(t, errors.Join(p.exchange(token), p.exchange(token+" again"), silent(p.client), silent(p.server), p.close()))
 					}
-					var err error
-					pairs[n%idle], err = newPair(clients, listener, server)
-					check(t, err)
-				}
-				for _, p := range pairs {
-					check(t, p.close())
 				}
 			})
 		}
