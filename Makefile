@@ -60,6 +60,16 @@ test-integration: ## Run the tests that need root, each package in a private nod
 	$(call say,TEST,integration)
 	$(Q)$(GO) test -p 1 $(TESTFLAGS) $(INTEGRATION)
 
+.PHONY: test-vm
+test-vm: ## Run tests on other kernels under QEMU: KERNEL=6.1, or all; needs apt, no root
+	$(call say,VM,$(or $(KERNEL),'all kernels'))
+	$(Q)$(GO) run ./test/vm $(if $(KERNEL),-kernel $(KERNEL)) $(VMFLAGS)
+
+.PHONY: test-mutation
+test-mutation: clang ## Take the datapath's rules out one by one; a test must fail for each (long)
+	$(call say,MUTATE,bpf)
+	$(Q)$(GO) run ./test/mutate
+
 .PHONY: generate
 generate: clang ## Rebuild the BPF object and its Go types (CLANG=clang-19)
 	$(call say,GENERATE,bpf)
