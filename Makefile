@@ -68,7 +68,7 @@ test-vm: ## Run tests on other kernels under QEMU: KERNEL=6.1, or all; needs apt
 .PHONY: test-mutation
 test-mutation: clang ## Take the datapath's rules out one by one; a test must fail for each (long)
 	$(call say,MUTATE,bpf)
-	$(Q)$(GO) run ./test/mutate
+	$(Q)CLANG=$(CLANG) LLVM_STRIP=$(LLVM_STRIP) BPF_CFLAGS='$(BPF_CFLAGS)' $(GO) run ./test/mutate $(MUTATEFLAGS)
 
 .PHONY: generate
 generate: clang ## Rebuild the BPF object and its Go types (CLANG=clang-19)
