@@ -14,6 +14,7 @@ import (
 	"strings"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 
 	"github.com/skipstack/skipstack/plugin"
 	"github.com/skipstack/skipstack/plugin/attachment"
@@ -141,11 +142,16 @@ func (c *common) register(cmd *cobra.Command, withJSON bool) {
 	}
 }
 
-// resolve makes a configuration of the flags, which win over the conflist.
-func (c *common) resolve() (plugin.Config, error) {
+// resolve makes a configuration of the flags, which win over the conflist. A flag
+// that is given with no value, as by a script whose variable is not set, is an
+// error: the default may be another installation's.
+func (c *common) resolve(given func(flag string) bool) (plugin.Config, error) {
 	conf := plugin.DefaultConfig()
-	if c.config != "" {
-		raw, err := os.ReadFile(c.config)
+	if given("config") {
+		if c.config == "" {
+			return conf, emptyFlag("config")
+		}
+		raw, err := readConfig(c.config)
 		if err != nil {
 			return conf, fmt.Errorf("read the configuration: %w; %w", err, errUsage)
 		}
@@ -159,16 +165,54 @@ func (c *common) resolve() (plugin.Config, error) {
 	}{
 		{"bpffs", c.bpffs, &conf.BPFFS}, {"run-dir", c.runDir, &conf.RunDir}, {"cgroup-root", c.cgroupRoot, &conf.CgroupRoot},
 	} {
-		if p.value == "" {
+		if !given(p.flag) {
 			continue
+		}
+		if p.value == "" {
+			return conf, emptyFlag(p.flag)
 		}
 		path, err := filepath.Abs(p.value)
 		if err != nil {
 			return conf, fmt.Errorf("--%s: %w; %w", p.flag, err, errUsage)
 		}
+		if path == "/" {
+			return conf, fmt.Errorf("--%s: the root directory cannot be used; %w", p.flag, errUsage)
+		}
 		*p.dst = path
 	}
 	return conf, nil
+}
+
+func emptyFlag(name string) error {
+	return fmt.Errorf("--%s has no value; %w", name, errUsage)
+}
+
+// maxConfig is the largest configuration that is read, in bytes.
+const maxConfig = 1 << 20
+
+// readConfig reads a regular file. It waits for nothing: to open a FIFO would last
+// until there is a writer.
+func readConfig(path string) ([]byte, error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK|unix.O_NOCTTY, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	if !info.Mode().IsRegular() {
+		return nil, fmt.Errorf("%s is not a regular file", path)
+	}
+	raw, err := io.ReadAll(io.LimitReader(f, maxConfig+1))
+	if err != nil {
+		return nil, err
+	}
+	if len(raw) > maxConfig {
+		return nil, fmt.Errorf("%s is larger than %d bytes", path, maxConfig)
+	}
+	return raw, nil
 }
 
 // command makes a command that takes no arguments and the common flags.
@@ -180,7 +224,7 @@ func (c *cli) command(use, short, long string, withJSON bool, run func(cmd *cobr
 		Long:  strings.TrimSpace(short + ".\n\n" + long),
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			conf, err := flags.resolve()
+			conf, err := flags.resolve(cmd.Flags().Changed)
 			if err == nil {
 				err = run(cmd, conf, flags.json)
 			}

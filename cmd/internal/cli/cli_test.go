@@ -14,6 +14,7 @@ import (
 	"testing"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 
 	"github.com/skipstack/skipstack/plugin"
 	"github.com/skipstack/skipstack/plugin/attachment"
@@ -162,6 +163,9 @@ func TestCommands(t *testing.T) {
 		{name: "off pod", args: "off --run-dir RUN --pod ns/web", prepare: loaded, pod: true, out: []string{"switched off for pod ns/web", "Enrolled sockets left: 1."}},
 		{name: "off unknown pod", args: "off --run-dir RUN --pod ns/db", prepare: loaded, pod: true, code: 1, err: "no attachment of this pod is recorded on this node: ns/db"},
 		{name: "off malformed pod", args: "off --run-dir RUN --pod web", prepare: loaded, code: 2, err: `--pod "web" is not NAMESPACE/NAME`},
+		{name: "off half done", args: "off --run-dir RUN", prepare: func(f *fake) { loaded(f); f.fail = errors.New("EIO") }, code: 1, err: "EIO"},
+		{name: "off help", args: "off --help", out: []string{"every set of skipstack's programs in the kernel", "mount namespaces", "kind", "pins are gone", "below --bpffs"}},
+		{name: "on help", args: "on --help", out: []string{"published below --bpffs", "kind"}},
 		{name: "version", args: "version", out: []string{"skipstack ", "CNI specification 0.3.0, 0.3.1, 0.4.0, 1.0.0, 1.1.0"}},
 		{name: "version, argument", args: "version x", code: 2, err: "x"},
 		{name: "probe", args: `probe --entry {"runDir":"RUN"}`, prepare: loaded, err: `verdict="risky: splice"`},
@@ -198,6 +202,47 @@ func TestCommands(t *testing.T) {
 				t.Errorf("stderr repeats the usage: %s", errs)
 			}
 		})
+	}
+}
+
+// An empty value is not the default: a script's variable was not set.
+func TestEmptyFlags(t *testing.T) {
+	for _, args := range [][]string{
+		{"off", "--pod", ""}, {"off", "--pod="}, {"on", "--pod="}, {"off", "--pod", "/"}, {"off", "--pod", "ns/"}, {"off", "--pod", "/web"},
+		{"off", "--pod", "ns/web/x"}, {"off", "--bpffs="}, {"on", "--bpffs="}, {"load", "--bpffs="}, {"unload", "--bpffs="},
+		{"load", "--config="}, {"load", "--run-dir="}, {"load", "--cgroup-root="}, {"load", "--bpffs=/"}, {"load", "--run-dir=/."}, {"load", "--cgroup-root=//"},
+	} {
+		f, runDir := newFake(t)
+		f.loaded = true
+		record(t, runDir)
+		if !strings.HasPrefix(args[1], "--run-dir") {
+			args = append(args, "--run-dir", runDir)
+		}
+		code, out, errs := exec(f, args...)
+		if flag, _, _ := strings.Cut(args[1], "="); code != 2 || out != "" || !strings.Contains(errs, flag) || !strings.Contains(errs, "nothing was changed") {
+			t.Errorf("%q: code %d, %s%s", args, code, out, errs)
+		}
+		if !f.loaded || f.node.SwitchedOff || f.pods[7].SwitchedOff || f.probed != 0 || f.bpffs != "" {
+			t.Errorf("%q: changed something: %+v", args, f)
+		}
+	}
+}
+
+// What is not a regular file of sensible size is refused at once.
+func TestConfigFile(t *testing.T) {
+	dir := t.TempDir()
+	fifo, large := filepath.Join(dir, "fifo"), filepath.Join(dir, "large")
+	if err := unix.Mkfifo(fifo, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(large, bytes.Repeat([]byte(" "), maxConfig+1), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for path, why := range map[string]string{fifo: "not a regular file", dir: "not a regular file", "/dev/zero": "not a regular file", large: "larger than 1048576 bytes"} {
+		f, runDir := newFake(t)
+		if code, out, errs := exec(f, "load", "--run-dir", runDir, "--config", path); code != 2 || out != "" || !strings.Contains(errs, why) || f.loaded {
+			t.Errorf("%s: code %d, %s%s", path, code, out, errs)
+		}
 	}
 }
 

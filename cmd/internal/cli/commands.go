@@ -92,7 +92,11 @@ keep programs loaded until they close. Run it again then to remove the rest.`, t
 func (c *cli) on() *cobra.Command {
 	return c.switchCommand("on", "Switch acceleration on, for the node or one pod", false,
 		`Undoes off. It does not accelerate what the configuration, an annotation or the
-kernel's verdict rules out.`)
+kernel's verdict rules out.
+
+For the node it reaches the sets of programs that are published below --bpffs, and no
+others: off reaches more. Where off was run on a host of nested nodes, such as those of
+kind, run on in each of them.`)
 }
 
 func (c *cli) off() *cobra.Command {
@@ -103,8 +107,9 @@ It lasts until on, for a pod also until it is deleted, and until the datapath is
 unloaded. To keep pods from being accelerated for good, set "mode" to "off" in the
 conflist.
 
-For the node it also reaches programs whose BPF file system was unmounted, or belongs to
-another mount namespace.`)
+For the node it reaches every set of skipstack's programs in the kernel, whatever --bpffs
+says: also those of other mount namespaces and of nested nodes, such as those of kind,
+and those whose pins are gone. on reaches those published below --bpffs only.`)
 }
 
 func (c *cli) switchCommand(use, short string, off bool, long string) *cobra.Command {
@@ -115,7 +120,7 @@ func (c *cli) switchCommand(use, short string, off bool, long string) *cobra.Com
 			var got plugin.Switched
 			var err error
 			what := "this node"
-			if pod == "" {
+			if !cmd.Flags().Changed("pod") {
 				got, err = node.Switch(conf, off)
 			} else {
 				namespace, name, ok := strings.Cut(pod, "/")
