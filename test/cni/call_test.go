@@ -30,13 +30,11 @@ type light struct {
 	cgroupID uint64
 }
 
-var lights uint32
-
 // light makes a pod's cgroup as a kubelet does. The test's end removes it.
 func (s *site) light() light {
 	s.t.Helper()
-	lights++
-	p := light{id: fmt.Sprintf("%064x", lights), uid: fmt.Sprintf("00000000-0000-4000-8000-%012x", lights)}
+	s.lights++
+	p := light{id: fmt.Sprintf("%064x", s.lights), uid: fmt.Sprintf("00000000-0000-4000-8000-%012x", s.lights)}
 	p.dir = must(s.Cgroup("kubepods/burstable/pod" + p.uid))(s.t)
 	p.cgroupID = inode(s.t, p.dir)
 	s.t.Cleanup(func() { p.remove(s.t) })
@@ -74,7 +72,7 @@ type call struct {
 	version  string // default 1.1.0
 	network  string // default net
 	ifname   string // default eth0
-	netns    string // default: one that is gone
+	netns    string // default: one that is gone; "-": none
 	args     string // CNI_ARGS; default: those of a CRI runtime; "-": none
 	cgroup   string // runtimeConfig.cgroupPath; default the pod's; "-": none
 	members  string // more members of the configuration, as JSON
@@ -137,9 +135,11 @@ func (s *site) env(c call) []string {
 		"PATH=" + os.Getenv("PATH"),
 		"CNI_COMMAND=" + c.verb,
 		"CNI_PATH=" + s.BinDir + ":" + node.ProgramDir(),
-		"CNI_NETNS=" + cmp.Or(c.netns, filepath.Join(s.Dir, "no-netns")),
 		"CNI_IFNAME=" + cmp.Or(c.ifname, "eth0"),
 		"CNI_CONTAINERID=" + c.pod.id,
+	}
+	if netns := cmp.Or(c.netns, filepath.Join(s.Dir, "no-netns")); netns != "-" {
+		env = append(env, "CNI_NETNS="+netns)
 	}
 	if args := cmp.Or(c.args, "IgnoreUnknown=1;K8S_POD_NAMESPACE=ns;K8S_POD_NAME=pod-"+strings.TrimLeft(c.pod.id, "0")+
 		";K8S_POD_INFRA_CONTAINER_ID="+c.pod.id+";K8S_POD_UID="+c.pod.uid); args != "-" {

@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -31,28 +32,38 @@ func TestConflists(t *testing.T) {
 	node.Need(t)
 	v := theVerdict(t)
 	for _, tc := range []struct {
-		name                  string
+		file                  string
 		nonblocking, blocking bool
 	}{
-		{"", v.accelerates(), false},
-		{"-accept-splice", v.accelerates("splice"), false},
-		{"-accept-splice-blocking", v.accelerates("splice"), v.accelerates("splice")},
+		{"10-bridge.conflist", v.accelerates(), false},
+		{"10-bridge-accept-splice.conflist", v.accelerates("splice"), false},
+		{"10-bridge-accept-splice-blocking.conflist", v.accelerates("splice"), v.accelerates("splice")},
+		{"10-ptp.conflist", v.accelerates(), false},
+		{"10-ptp-accept-splice.conflist", v.accelerates("splice"), false},
+		{"10-ptp-accept-splice-blocking.conflist", v.accelerates("splice"), v.accelerates("splice")},
+		{"reference.conflist", v.accelerates(), false},
+		{"entry.json", v.accelerates(), false},
 	} {
-		for _, plugin := range []string{"bridge", "ptp"} {
-			file := "10-" + plugin + tc.name + ".conflist"
-			t.Run(file, func(t *testing.T) {
-				s := newSite(t, options{Options: node.Options{DefaultPaths: true}})
-				list := must(s.ConflistFile(filepath.Join("../../conf", file)))(t)
-				client, server := s.twoPods(list, node.PodOptions{})
-				s.wantAcceleratedIf(tc.nonblocking, "non-blocking", direct(client, server))
-				s.wantAcceleratedIf(tc.blocking, "blocking", direct(client, server).blocking())
-				for _, p := range []*pod{client, server} {
-					s.wantRecord(p.ID, "attached", "")
-					check(t, p.Check(t.Context(), list, node.IfName))
-				}
-				s.wantLinks(client.cgroupID(t), server.cgroupID(t))
-			})
-		}
+		t.Run(tc.file, func(t *testing.T) {
+			s := newSite(t, options{Options: node.Options{DefaultPaths: true}})
+			raw := must(os.ReadFile(filepath.Join("../../conf", tc.file)))(t)
+			if tc.file == "entry.json" { // appended to somebody's own network
+				raw = fmt.Appendf(nil, `{"cniVersion":"1.1.0","name":"own","plugins":[
+					{"type":"ptp","ipam":{"type":"host-local","ranges":[[{"subnet":"10.77.0.0/24"}]],"routes":[{"dst":"0.0.0.0/0"}]}},%s]}`, raw)
+			}
+			list := must(s.Conflist(raw))(t)
+			client, server := s.twoPods(list, node.PodOptions{})
+			s.wantAcceleratedIf(tc.nonblocking, "non-blocking", direct(client, server))
+			s.wantAcceleratedIf(tc.blocking, "blocking", direct(client, server).blocking())
+			for _, p := range []*pod{client, server} {
+				s.wantRecord(p.ID, "attached", "")
+				check(t, p.Check(t.Context(), list, node.IfName))
+			}
+			s.wantLinks(client.cgroupID(t), server.cgroupID(t))
+			if says := strings.Contains(s.log.take(), "risks that are not accepted"); says == tc.nonblocking {
+				t.Errorf("pods are accelerated: %v; the log says that they are not: %v", tc.nonblocking, says)
+			}
+		})
 	}
 }
 

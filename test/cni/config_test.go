@@ -73,6 +73,29 @@ func TestBadConfigurationOfManyPods(t *testing.T) {
 	}
 }
 
+// With logFile, lines go there. A file that is not safe to write is not written.
+func TestLogFile(t *testing.T) {
+	s := newSite(t, options{})
+	p := s.light()
+	file, link := filepath.Join(s.Dir, "skipstack.log"), filepath.Join(s.Dir, "link")
+	check(t, os.Symlink(filepath.Join(s.Dir, "target"), link))
+	s.wantLines(0, "", s.want(0, s.run(p.call(`"logFile":"`+file+`"`, `"mod":1`).add())))
+	if raw := string(must(os.ReadFile(file))(t)); len(logLines(raw)) != 1 || !strings.Contains(raw, "reason=") {
+		t.Errorf("the file holds %q", raw)
+	}
+	if mode := must(os.Stat(file))(t).Mode(); mode != 0o600 {
+		t.Errorf("the file's mode is %v", mode)
+	}
+	got := s.want(0, s.run(p.call(`"logFile":"`+link+`"`, `"mud":2`).add()))
+	if !strings.Contains(got.stderr, "reason=") || !strings.Contains(got.stderr, link) {
+		t.Errorf("logged %q", got.stderr)
+	}
+	if _, err := os.Stat(filepath.Join(s.Dir, "target")); err == nil {
+		t.Error("the log has followed a symbolic link")
+	}
+	s.want(0, s.run(p.call().del()))
+}
+
 // Through libcni: pods of a network with a mistake in its configuration talk.
 func TestPodsWithBadConfiguration(t *testing.T) {
 	s := newSite(t, options{})

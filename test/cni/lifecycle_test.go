@@ -48,7 +48,7 @@ func TestRepeatedDel(t *testing.T) {
 	}
 	s.wantLinks(p.cgroupID)
 	c := p.call().del()
-	c.prev, c.cgroup, c.args, c.netns = "-", "-", "-", " "
+	c.prev, c.cgroup, c.args, c.netns = "-", "-", "-", "-"
 	s.want(0, s.run(c))
 	s.wantNothing()
 }
@@ -104,8 +104,11 @@ func TestCgroupGone(t *testing.T) {
 // reboot takes away what a reboot does: all pins, and what is in /run.
 func (s *site) reboot(keepRunDir bool) {
 	s.t.Helper()
+	// Made before the old one goes, it has another device number.
+	fresh := must(os.MkdirTemp(s.Dir, "bpf-"))(s.t)
+	check(s.t, unix.Mount("bpf", fresh, "bpf", 0, "mode=0700"))
 	check(s.t, unix.Unmount(s.BPFFS, unix.MNT_DETACH))
-	check(s.t, unix.Mount("bpf", s.BPFFS, "bpf", 0, "mode=0700"))
+	check(s.t, unix.Mount(fresh, s.BPFFS, "", unix.MS_MOVE, ""))
 	if !keepRunDir {
 		check(s.t, os.RemoveAll(s.RunDir))
 	}
@@ -139,6 +142,8 @@ func TestReboot(t *testing.T) {
 			s.want(0, s.run(pods[2].call().add()))
 			s.wantLinks(pods[2].cgroupID)
 			s.wantRecord(pods[2].id, "attached", "")
+			s.want(0, s.run(pods[1].call().check())) // its bpffs is gone, not its link
+			s.want(0, s.run(pods[2].call().check()))
 			// The verdict of the last boot does not count.
 			wait(t, "the kernel is probed again", func() (string, bool) {
 				files := must(filepath.Glob(filepath.Join(s.RunDir, "verdict-99999999-*.json")))(t)

@@ -51,6 +51,8 @@ type site struct {
 	t    *testing.T
 	log  *lockedBuffer // what plugins that libcni ran wrote to stderr
 	pods []*pod
+
+	lights int // made so far
 }
 
 type options struct {

@@ -260,15 +260,22 @@ func TestKilledAmongOthers(t *testing.T) {
 	s.wantNothing()
 }
 
-// meanwhile runs calls at once while something is stuck, each within its time, and
-// returns what came of them.
+// meanwhile runs calls at once while something is stuck. Each succeeds within its
+// time, but for GC, which fails within it. meanwhile returns what came of them.
 func (s *site) meanwhile(calls ...call) []outcome {
 	s.t.Helper()
 	var took slowest
 	got := make([]outcome, len(calls))
 	var wg sync.WaitGroup
 	for i, c := range calls {
-		wg.Go(func() { got[i] = s.want(0, took.saw(s.run(c))) })
+		wg.Go(func() {
+			got[i] = took.saw(s.run(c))
+			if c.verb == "GC" { // it has nobody to let go
+				s.want(11, got[i])
+			} else {
+				s.want(0, got[i])
+			}
+		})
 	}
 	wg.Wait()
 	took.within(s.t)
@@ -317,7 +324,8 @@ func TestStuckRunDirLock(t *testing.T) {
 	}()
 	fresh := s.lightPods(4)
 	got := s.meanwhile(fresh[0].call().add(), fresh[1].call().add(), fresh[2].call(`"mode":"off"`).add(),
-		gone.call().del(), before.call().check(), before.call().add(), call{verb: "STATUS"})
+		gone.call().del(), before.call().check(), before.call().add(), call{verb: "STATUS"},
+		call{verb: "GC", members: `"cni.dev/valid-attachments":[]`})
 	<-chain
 	if took := time.Since(start); took > budget+2*startUp {
 		t.Errorf("the chain took %v", took)
