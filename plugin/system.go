@@ -63,11 +63,34 @@ func (probes) Probe(ctx context.Context, conf Config) (Verdict, error) {
 	if err != nil {
 		return Verdict{}, err
 	}
-	v, err := verdict.Run(ctx, verdict.Env{CgroupRoot: root})
+	v, err := conclusive(func() (*verdict.Verdict, error) {
+		return verdict.Run(ctx, verdict.Env{CgroupRoot: root})
+	})
 	if err != nil {
 		return Verdict{}, err
 	}
 	return asVerdict(v), v.Save(conf.RunDir)
+}
+
+// probeRuns is how often Probe probes at most: a busy machine may take a few runs.
+const probeRuns = 3
+
+// conclusive runs until the verdict is conclusive, or probeRuns times.
+func conclusive(run func() (*verdict.Verdict, error)) (v *verdict.Verdict, err error) {
+	for range probeRuns {
+		if v, err = run(); err != nil || !v.Inconclusive() {
+			break
+		}
+	}
+	return v, err
+}
+
+// Inconclusive tells that the kernel counts as not supported only because probing
+// could not tell. Who can wait for it may probe again, see
+// [verdict.Verdict.Inconclusive].
+func (v Verdict) Inconclusive() bool {
+	d, ok := v.Document.(*verdict.Verdict)
+	return ok && d.Inconclusive()
 }
 
 // kernel is package datapath as a [Datapath].

@@ -122,7 +122,8 @@ func bootID() (string, error) {
 //
 // Returns an error wrapping [ErrNoVerdict] where runDir holds none, and where
 // what it holds is damaged, from another version, or has to be probed again
-// because a probe could not tell.
+// because a probe could not tell: after a minute if the verdict is inconclusive
+// (see [Verdict.Inconclusive]), else after ten.
 func Cached(runDir string) (*Verdict, error) {
 	boot, err := bootID()
 	if err != nil {
@@ -147,8 +148,8 @@ func cached(runDir, boot string, build [16]byte, now time.Time) (*Verdict, error
 	if v.BootID != boot || v.Build != build {
 		return nil, fmt.Errorf("%w: %s is of another boot or build", ErrNoVerdict, path)
 	}
-	if age := now.Sub(v.ProbedAt); !v.conclusive() && (age < 0 || age > recheckAfter) {
-		return nil, fmt.Errorf("%w: %s is inconclusive and %v old", ErrNoVerdict, path, age.Round(time.Second))
+	if age := now.Sub(v.ProbedAt); v.holdsFor() <= recheckAfter && (age < 0 || age > v.holdsFor()) {
+		return nil, fmt.Errorf("%w: a probe of %s could not tell, %v ago", ErrNoVerdict, path, age.Round(time.Second))
 	}
 	return v, nil
 }

@@ -153,17 +153,21 @@ func TestCachedTells(t *testing.T) {
 
 func TestInconclusiveExpires(t *testing.T) {
 	dir := t.TempDir()
-	v := made(CouldNotTell, ProbeEpoll)
-	v.ProbedAt = noon
-	if err := v.Save(dir); err != nil {
-		t.Fatal(err)
-	}
-	for age, holds := range map[time.Duration]bool{
-		0: true, recheckAfter: true, recheckAfter + 1: false, -time.Second: false,
+	for probe, after := range map[string]time.Duration{
+		ProbeEpoll: 10 * time.Minute, ProbeOrder: time.Minute, ProbeRedirect: time.Minute, ProbeLoad: time.Minute,
 	} {
-		_, err := cached(dir, v.BootID, v.Build, noon.Add(age))
-		if holds && err != nil || !holds && !errors.Is(err, ErrNoVerdict) {
-			t.Errorf("after %v: %v", age, err)
+		v := made(CouldNotTell, probe)
+		v.ProbedAt = noon
+		if err := v.Save(dir); err != nil {
+			t.Fatal(err)
+		}
+		for age, holds := range map[time.Duration]bool{
+			0: true, after: true, after + 1: false, -time.Second: false,
+		} {
+			_, err := cached(dir, v.BootID, v.Build, noon.Add(age))
+			if holds && err != nil || !holds && !errors.Is(err, ErrNoVerdict) {
+				t.Errorf("%s, after %v: %v", probe, age, err)
+			}
 		}
 	}
 }

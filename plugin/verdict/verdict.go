@@ -11,6 +11,8 @@ package verdict
 import (
 	"errors"
 	"fmt"
+	"math"
+	"slices"
 	"time"
 
 	"github.com/skipstack/skipstack/plugin/datapath"
@@ -84,10 +86,14 @@ var (
 	ErrPrivilege = errors.New("probing needs root with CAP_BPF, CAP_NET_ADMIN, CAP_PERFMON and CAP_SYS_ADMIN")
 )
 
-// recheckAfter is how long a verdict holds in which a probe could not tell. That
-// may have been a moment's overload, but a node where it always is so must not
-// be probed by each ADD.
-const recheckAfter = 10 * time.Minute
+// Times for which a verdict holds in which a probe could not tell. That may have
+// been a moment's overload, but a node where it always is so must not be probed
+// by each ADD.
+const (
+	recheckAfter = 10 * time.Minute // it costs a risk at most
+	// retryAfter is for an inconclusive verdict, which keeps all pods plain.
+	retryAfter = time.Minute
+)
 
 // Verdict is what is known of this kernel. As JSON it is an object with verdict,
 // risks (names) and probes, among others.
@@ -115,19 +121,53 @@ func (v *Verdict) NodeSettings() datapath.NodeSettings {
 	}
 }
 
-// String is one line for people: the level, and why it is not [Safe].
+// Inconclusive tells that the level is [Unsupported] only because a probe that
+// decides on it could not tell, as happens on a busy machine. The kernel may well
+// be supported, and probing again may show it. Such a verdict holds for a minute.
+func (v *Verdict) Inconclusive() bool {
+	inconclusive := false
+	for _, p := range v.Probes {
+		if !fatal(p.Name) {
+			continue
+		}
+		switch p.Result {
+		case NotOK:
+			return false
+		case CouldNotTell:
+			inconclusive = true
+		}
+	}
+	return inconclusive
+}
+
+// String is one line for people: the level, or that it is inconclusive, and why
+// it is not [Safe].
 func (v *Verdict) String() string {
 	switch v.Level {
 	case Risky:
 		return fmt.Sprintf("%s: %s", v.Level, v.Risks)
 	case Unsupported:
+		level, decides := string(v.Level), NotOK
+		if v.Inconclusive() {
+			level, decides = "inconclusive", CouldNotTell
+		}
 		for i, k := range kinds {
-			if k.fatal && v.Probes[i].Result != OK {
-				return fmt.Sprintf("%s: %s: %s", v.Level, k.name, v.Probes[i].Detail)
+			if k.fatal && v.Probes[i].Result == decides {
+				return fmt.Sprintf("%s: %s: %s", level, k.name, v.Probes[i].Detail)
 			}
 		}
 	}
 	return string(v.Level)
+}
+
+// fatal tells if a kernel is unsupported where that probe is not ok.
+func fatal(probe string) bool {
+	for _, k := range kinds {
+		if k.name == probe {
+			return k.fatal
+		}
+	}
+	return false
 }
 
 // conclude fills in what follows from the probes.
@@ -153,19 +193,16 @@ func (v *Verdict) conclude() {
 	}
 }
 
-// conclusive tells if another run would come to the same level: no probe could
-// not tell, or one that is not ok decides alone.
-func (v *Verdict) conclusive() bool {
-	conclusive := true
-	for i, k := range kinds {
-		switch v.Probes[i].Result {
-		case CouldNotTell:
-			conclusive = false
-		case NotOK:
-			if k.fatal {
-				return true
-			}
-		}
+// holdsFor is how long the verdict holds; forever if every probe could tell, or
+// if one that is not ok decides alone.
+func (v *Verdict) holdsFor() time.Duration {
+	const forever = math.MaxInt64
+	if v.Inconclusive() {
+		return retryAfter
 	}
-	return conclusive
+	couldNotTell := func(p Probe) bool { return p.Result == CouldNotTell }
+	if v.Level != Unsupported && slices.ContainsFunc(v.Probes, couldNotTell) {
+		return recheckAfter
+	}
+	return forever
 }

@@ -45,7 +45,14 @@ func TestConclude(t *testing.T) {
 	} {
 		for _, r := range []Result{NotOK, CouldNotTell} {
 			v := made(r, tc.probes...)
-			if v.Level != tc.level || v.Risks != tc.risks || v.String() != tc.text {
+			text := tc.text
+			if r == CouldNotTell {
+				text = strings.Replace(text, "unsupported", "inconclusive", 1)
+			}
+			if v.Inconclusive() != strings.HasPrefix(text, "inconclusive") {
+				t.Errorf("%s %v: inconclusive is %v", r, tc.probes, v.Inconclusive())
+			}
+			if v.Level != tc.level || v.Risks != tc.risks || v.String() != text {
 				t.Errorf("%s %v: %s, risks %q, %q", r, tc.probes, v.Level, v.Risks, v)
 			}
 			n := v.NodeSettings()
@@ -55,7 +62,13 @@ func TestConclude(t *testing.T) {
 			}
 		}
 	}
-	v := made(OK)
+	v := made(CouldNotTell, ProbeRedirect)
+	v.set(ProbeOrder, NotOK, "shown to be wrong")
+	v.conclude()
+	if want := "unsupported: order: shown to be wrong"; v.Inconclusive() || v.String() != want {
+		t.Errorf("%q, not %q", v, want)
+	}
+	v = made(OK)
 	v.Funnel = true
 	if !v.NodeSettings().Funnel {
 		t.Error("the node's settings forget the funnel")
@@ -71,11 +84,10 @@ func TestUnloadable(t *testing.T) {
 	if want := "unsupported: load: " + datapath.ErrUnsupported.Error(); v.String() != want {
 		t.Errorf("%q, not %q", v, want)
 	}
-	if v.conclusive() {
-		return
-	}
 	// The kernel will not learn to load them before it is booted again.
-	t.Error("a kernel that refuses the programs would be probed again and again")
+	if v.Inconclusive() || v.holdsFor() <= recheckAfter {
+		t.Error("a kernel that refuses the programs would be probed again and again")
+	}
 }
 
 // TestJSON holds to the form that is documented.
