@@ -250,7 +250,7 @@ type Switched struct {
 func (n *Node) Switch(conf Config, off bool) (Switched, error) {
 	sets, err := n.Datapath.SwitchNode(conf.BPFFS, off)
 	if err != nil {
-		return Switched{Sets: sets}, err
+		return Switched{Sets: sets}, fmt.Errorf("not every set of programs was switched, but %d: %w", sets, err)
 	}
 	if sets == 0 {
 		return Switched{}, fmt.Errorf("%w at %s: nothing to switch", datapath.ErrNotLoaded, conf.BPFFS)

@@ -3,9 +3,12 @@ package datapath
 import (
 	"errors"
 	"fmt"
+	"io/fs"
+	"iter"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
@@ -113,7 +116,7 @@ func (s *Set) attachFunnel() error {
 
 // nextGeneration makes every connection look at the settings again. A random
 // value needs no lock between processes that change it at once.
-func nextGeneration(m *ebpf.Map) error {
+func nextGeneration(m switchMap) error {
 	if err := m.Put(bpf.DatapathSwitchSlotSWITCH_GENERATION, rand.Uint32()); err != nil {
 		return fmt.Errorf("announce new settings: %w", err)
 	}
@@ -138,52 +141,110 @@ const switchName = "skipstack_switc"
 // Off reaches every set in the kernel, those too whose pins are gone (bpffs
 // unmounted) or are in another mount namespace: its maps are found by their id.
 // On reaches the sets published below bpffs.
+//
+// An error says what was not reached, though all were tried. It wraps
+// [fs.ErrPermission] where the process lacks privileges.
 func SwitchNode(bpffs string, off bool) (int, error) {
+	if off {
+		return switchAll(kernelSwitches(ebpf.MapGetNextID, openSwitch), off)
+	}
+	return switchAll(pinnedSwitches(root(bpffs)), off)
+}
+
+// switchMap is what switching needs of an [ebpf.Map].
+type switchMap interface {
+	Put(key, value any) error
+	Close() error
+}
+
+// switchAll passes over maps that were gone before they could be opened.
+func switchAll(maps iter.Seq2[switchMap, error], off bool) (int, error) {
 	var errs []error
 	sets := 0
-	set := func(m *ebpf.Map) {
-		errs = append(errs, m.Put(bpf.DatapathSwitchSlotSWITCH_OFF, flag(off)), nextGeneration(m), m.Close())
-		sets++
-	}
-	if off {
-		for id, err := ebpf.MapGetNextID(0); ; id, err = ebpf.MapGetNextID(id) {
-			if errors.Is(err, os.ErrNotExist) {
-				break
-			}
-			if err != nil {
-				errs = append(errs, fmt.Errorf("list BPF maps: %w", err))
-				break
-			}
-			if m := openSwitch(id); m != nil {
-				set(m)
-			}
-		}
-		return sets, errors.Join(errs...)
-	}
-	pins, err := filepath.Glob(filepath.Join(root(bpffs), "v*", "maps", bpf.DatapathMapSkipstackSwitch))
-	errs = append(errs, err)
-	for _, pin := range pins {
-		m, err := ebpf.LoadPinnedMap(pin, nil)
-		if err != nil {
-			errs = append(errs, fmt.Errorf("open %s: %w", pin, err))
+	for m, err := range maps {
+		if errors.Is(err, fs.ErrNotExist) {
 			continue
 		}
-		set(m)
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		err = m.Put(bpf.DatapathSwitchSlotSWITCH_OFF, flag(off))
+		if err != nil {
+			err = fmt.Errorf("write the switch: %w", err)
+		} else {
+			sets++
+			err = nextGeneration(m)
+		}
+		errs = append(errs, err, m.Close())
 	}
 	return sets, errors.Join(errs...)
 }
 
-// openSwitch returns the map if it is a switch of ours, else nil: maps come and
-// go while they are listed.
-func openSwitch(id ebpf.MapID) *ebpf.Map {
+// kernelSwitches are the switches among all maps of the kernel. open returns nil
+// for any other map.
+func kernelSwitches(next func(ebpf.MapID) (ebpf.MapID, error), open func(ebpf.MapID) (switchMap, error)) iter.Seq2[switchMap, error] {
+	return func(yield func(switchMap, error) bool) {
+		for id, err := next(0); ; id, err = next(id) {
+			if errors.Is(err, fs.ErrNotExist) {
+				return
+			}
+			if err != nil {
+				yield(nil, fmt.Errorf("list BPF maps: %w", err))
+				return
+			}
+			m, err := open(id)
+			if (m != nil || err != nil) && !yield(m, err) {
+				return
+			}
+		}
+	}
+}
+
+// openSwitch returns the map if it is a switch of ours, else nil.
+func openSwitch(id ebpf.MapID) (switchMap, error) {
 	m, err := ebpf.NewMapFromID(id)
 	if err != nil {
-		return nil
+		return nil, fmt.Errorf("open BPF map %d: %w", id, err)
+	}
+	if m.Type() != ebpf.Array || m.KeySize() != 4 || m.ValueSize() != 4 || m.MaxEntries() < 3 {
+		return nil, m.Close()
 	}
 	info, err := m.Info()
-	if err != nil || info.Name != switchName || m.Type() != ebpf.Array || m.KeySize() != 4 || m.ValueSize() != 4 || m.MaxEntries() < 3 {
+	if err != nil {
 		m.Close()
-		return nil
+		return nil, fmt.Errorf("read the name of BPF map %d: %w", id, err)
 	}
-	return m
+	if info.Name != switchName {
+		return nil, m.Close()
+	}
+	return m, nil
+}
+
+// pinnedSwitches are those of the sets, of any layout, that are published in dir.
+func pinnedSwitches(dir string) iter.Seq2[switchMap, error] {
+	return func(yield func(switchMap, error) bool) {
+		// Unlike filepath.Glob this reports a directory that may not be read.
+		entries, err := os.ReadDir(dir)
+		if err != nil {
+			yield(nil, fmt.Errorf("look for the datapath: %w", err))
+			return
+		}
+		for _, e := range entries {
+			if !strings.HasPrefix(e.Name(), "v") {
+				continue
+			}
+			pin := filepath.Join(dir, e.Name(), "maps", bpf.DatapathMapSkipstackSwitch)
+			m, err := ebpf.LoadPinnedMap(pin, nil)
+			if err != nil {
+				if !yield(nil, fmt.Errorf("open %s: %w", pin, err)) {
+					return
+				}
+				continue
+			}
+			if !yield(m, nil) {
+				return
+			}
+		}
+	}
 }
