@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"time"
 
@@ -60,8 +61,9 @@ func checkBPFFS(path string) error {
 }
 
 // EnsureBPFFS mounts a BPF file system on path where statfs(2) says that there
-// is none. The directory must exist. Returns an error wrapping [ErrNoBPFFS]
-// where that is not possible, [ErrBusy] when ctx is done before.
+// is none. The directory must exist and be empty, so that the mount hides
+// nothing. Returns an error wrapping [ErrNoBPFFS] where that is not possible,
+// [ErrBusy] when ctx is done before.
 func EnsureBPFFS(ctx context.Context, path string) error {
 	if is, err := isBPFFS(path); err != nil {
 		return fmt.Errorf("%w: %w", ErrNoBPFFS, err)
@@ -77,6 +79,13 @@ func EnsureBPFFS(ctx context.Context, path string) error {
 	defer f.Close()
 	if is, err := isBPFFS(path); err != nil || is {
 		return err
+	}
+	switch names, err := f.Readdirnames(1); {
+	case len(names) > 0:
+		return fmt.Errorf("%w: %s is not empty, and a mount would hide what is in it: "+
+			"set bpffs to a BPF file system or to an empty directory", ErrNoBPFFS, path)
+	case err != io.EOF:
+		return fmt.Errorf("%w: read %s: %w", ErrNoBPFFS, path, err)
 	}
 	if err := unix.Mount("bpf", path, "bpf", 0, "mode=0700"); err != nil {
 		return fmt.Errorf("mount a BPF file system on %s: %w: %w", path, ErrNoBPFFS, err)

@@ -85,6 +85,36 @@ func TestEnsureBPFFSMountsOnce(t *testing.T) {
 	}
 }
 
+// TestEnsureBPFFSHidesNothing: whatever is in the directory stays in sight.
+func TestEnsureBPFFSHidesNothing(t *testing.T) {
+	cgroupRoot(t)
+	for name, plant := range map[string]func(path string) error{
+		"file":      func(path string) error { return os.WriteFile(path, nil, 0o600) },
+		"directory": func(path string) error { return os.Mkdir(path, 0o700) },
+		"hidden":    func(path string) error { return os.Symlink("nowhere", filepath.Join(filepath.Dir(path), ".x")) },
+	} {
+		dir := t.TempDir()
+		if err := plant(filepath.Join(dir, "x")); err != nil {
+			t.Fatal(err)
+		}
+		err := EnsureBPFFS(t.Context(), dir)
+		if !errors.Is(err, ErrNoBPFFS) || !strings.Contains(err.Error(), dir+" is not empty") {
+			t.Errorf("%s: %v", name, err)
+		}
+		if is, err := isBPFFS(dir); is || err != nil {
+			t.Errorf("%s: mounted: %v, %v", name, is, err)
+			_ = unix.Unmount(dir, 0)
+		}
+	}
+	file := filepath.Join(t.TempDir(), "file")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := EnsureBPFFS(t.Context(), file); !errors.Is(err, ErrNoBPFFS) {
+		t.Errorf("a file: %v", err)
+	}
+}
+
 func TestLoadNeedsBPFFS(t *testing.T) {
 	cgroupRoot(t)
 	dir := t.TempDir()
