@@ -164,6 +164,7 @@ func TestManyFirstPods(t *testing.T) {
 	<-watched
 	verdicts[inode(t, s.verdictFile())] = true
 	took.within(t)
+	wait(t, "the probers have ended", func() (string, bool) { return "", len(probers(t)) == 0 && orphans(t) > before })
 	// An ADD that looked for the verdict just before it was there starts another
 	// prober, which has nothing to do.
 	if n := orphans(t) - before; most > 2 || n < 1 || n > 3 || len(verdicts) != 1 {
