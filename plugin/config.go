@@ -89,8 +89,9 @@ func DefaultConfig() Config {
 	}
 }
 
-// Validate reports every own key of a plugin's entry in a conflist, or of the
-// configuration a runtime makes of it, that skipstack would not take. The error
+// Validate reports own keys of a plugin's entry in a conflist, or of the
+// configuration a runtime makes of it, that skipstack would not take: the first
+// five, and how many more there are. The error
 // wraps [ErrConfig] unless raw is not a JSON object. ADD itself is lenient where
 // onError is "plain": who edits a configuration should hear of the mistake, and
 // no pod should pay for it.
@@ -205,9 +206,18 @@ func parseMembers(members []member) (Config, error) {
 		}
 	}
 	if len(problems) > 0 {
-		return conf, fmt.Errorf("%w: %s", ErrConfig, strings.Join(problems, "; "))
+		return conf, fmt.Errorf("%w: %s", ErrConfig, summarize(problems))
 	}
 	return conf, nil
+}
+
+// summarize makes one line of the first problems.
+func summarize(problems []string) string {
+	const most = 5
+	if len(problems) <= most {
+		return strings.Join(problems, "; ")
+	}
+	return fmt.Sprintf("%s; and %d more", strings.Join(problems[:most], "; "), len(problems)-most)
 }
 
 // set takes one own key; on error the field keeps its default.
@@ -279,6 +289,9 @@ func setPath(dst *string, value json.RawMessage) error {
 	s, err := decodeString(value)
 	if err != nil {
 		return err
+	}
+	if filepath.IsAbs(s) && filepath.Clean(s) == "/" {
+		return fmt.Errorf("%s: the root directory cannot be used", quote(s))
 	}
 	if !filepath.IsAbs(s) || filepath.Clean(s) != strings.TrimRight(s, "/") || strings.ContainsRune(s, 0) {
 		return fmt.Errorf("%s is not an absolute path without \"..\"", quote(s))

@@ -16,9 +16,17 @@ type input struct {
 	members    []member
 }
 
+// maxInput is many times what a runtime sends. That much is parsed in well under
+// a second; more would keep the pod waiting beyond a verb's time limit.
+const maxInput = 4 << 20 // bytes
+
 // decodeInput fails with code 6 only where the runtime and the CNI library could
-// not read the configuration either.
+// not read the configuration either, or where it is longer than maxInput.
 func decodeInput(stdin []byte) (*input, error) {
+	if len(stdin) > maxInput {
+		return nil, types.NewError(types.ErrDecodingFailure, "the network configuration is too long",
+			fmt.Sprintf("standard input has %d bytes, at most %d are read", len(stdin), maxInput))
+	}
 	members, err := splitObject(stdin)
 	if err != nil {
 		return nil, types.NewError(types.ErrDecodingFailure, "decode the network configuration", err.Error())
