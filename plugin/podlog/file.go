@@ -3,10 +3,12 @@ package podlog
 import (
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"regexp"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -80,6 +82,10 @@ func (l *file) writeOnce(line []byte) (again bool, err error) {
 	size := open.Size + int64(len(line))
 	if size > l.maxSize && locked {
 		// The path still is this file, and stays it while we hold its lock.
+		if err := checkOld(l.path + ".1"); err != nil {
+			l.stuck = fmt.Errorf("%s is full: %w", l.path, err)
+			return false, l.stuck
+		}
 		return true, os.Rename(l.path, l.path+".1")
 	}
 	if size > l.maxSize+slack {
@@ -100,7 +106,7 @@ func (l *file) writeOnce(line []byte) (again bool, err error) {
 // put in its place.
 func (l *file) open() error {
 	// Without O_NONBLOCK, a FIFO without reader would stop us.
-	const flags = unix.O_WRONLY | unix.O_APPEND | unix.O_CREAT | unix.O_NOFOLLOW | unix.O_NONBLOCK | unix.O_CLOEXEC
+	const flags = unix.O_RDWR | unix.O_APPEND | unix.O_CREAT | unix.O_NOFOLLOW | unix.O_NONBLOCK | unix.O_CLOEXEC
 	f, err := os.OpenFile(filepath.Clean(l.path), flags, 0o600)
 	switch {
 	case errors.Is(err, unix.ELOOP):
@@ -123,11 +129,53 @@ func (l *file) open() error {
 		// A user's hard link could make us append to any file of ours.
 		err = fmt.Errorf("%s is a hard link to a file with other names", l.path)
 	default:
-		l.f = f
-		return nil
+		err = checkOurs(f, l.path)
 	}
-	f.Close()
-	return err
+	if err != nil {
+		f.Close()
+		return err
+	}
+	l.f = f
+	return nil
+}
+
+// ourLine is how each line of ours begins, as slog.TextHandler writes it.
+var ourLine = regexp.MustCompile(`^time=\d{4}-\d\d-\d\dT\S{1,24} level=(DEBUG|INFO|WARN|ERROR)\S{0,8} msg=`)
+
+// checkOurs refuses a file that somebody else has written: who names it by
+// mistake must not lose it, or find lines of ours in it. An empty file is nobody's.
+func checkOurs(f *os.File, path string) error {
+	head := make([]byte, 100) // more than ourLine takes
+	n, err := f.ReadAt(head, 0)
+	if err != nil && err != io.EOF {
+		return err
+	}
+	if n > 0 && !ourLine.Match(head[:n]) {
+		return fmt.Errorf("%s is not a log of skipstack's: name a file of its own, or remove this one", path)
+	}
+	return nil
+}
+
+// checkOld refuses what a rotation must not replace.
+func checkOld(path string) error {
+	f, err := os.OpenFile(path, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil
+	case errors.Is(err, unix.ELOOP):
+		return fmt.Errorf("%s is a symbolic link: remove it", path)
+	case err != nil:
+		return err
+	}
+	defer f.Close()
+	fi, err := f.Stat()
+	if err == nil && !fi.Mode().IsRegular() {
+		err = fmt.Errorf("%s is not a regular file", path)
+	}
+	if err != nil {
+		return err
+	}
+	return checkOurs(f, path)
 }
 
 func (l *file) close() error {

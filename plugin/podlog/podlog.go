@@ -44,8 +44,9 @@ const (
 type Options struct {
 	// File is appended to, and created with mode 0600. At 1 MiB it is renamed
 	// to <File>.1, which replaces an older one. Its directory must exist. It
-	// must be a regular file of this user, reached by one name only. Empty
-	// means Stderr.
+	// must be a regular file of this user, reached by one name only. It, and
+	// <File>.1 when that is replaced, must be empty or begin with a line of
+	// this log. Otherwise lines go to Stderr. Empty means Stderr.
 	File string
 	// Stderr takes the lines that File does not. Nil discards them.
 	Stderr io.Writer

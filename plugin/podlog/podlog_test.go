@@ -264,15 +264,24 @@ func TestFileThatCannotBeUsed(t *testing.T) {
 		"dangling link":    {func(t *testing.T, path string) { must(t, os.Symlink(target+"x", path)) }, "symbolic link"},
 		"hard link":        {func(t *testing.T, path string) { must(t, os.Link(target, path)) }, "hard link"},
 		"directory":        {func(t *testing.T, path string) { must(t, os.Mkdir(path, 0o700)) }, "is a directory"},
-		"FIFO":             {func(t *testing.T, path string) { must(t, unix.Mkfifo(path, 0o600)) }, "no such device"},
+		"FIFO":             {func(t *testing.T, path string) { must(t, unix.Mkfifo(path, 0o600)) }, "not a regular file"},
 		"FIFO with reader": {plantReadFIFO, "not a regular file"},
 		"no directory":     {func(t *testing.T, path string) { must(t, os.Remove(filepath.Dir(path))) }, "create its directory"},
 		"file as directory": {func(t *testing.T, path string) {
 			must(t, os.Remove(filepath.Dir(path)))
 			must(t, os.WriteFile(filepath.Dir(path), nil, 0o600))
 		}, "not a directory"},
-		"another user's":     {plantForeign, "belongs to uid"},
-		"cannot be rotated":  {plantFull, "file exists"},
+		"another user's":    {plantForeign, "belongs to uid"},
+		"cannot be rotated": {plantFull, "not a regular file"},
+		"somebody else's":   {func(t *testing.T, path string) { must(t, os.WriteFile(path, []byte(foreignText), 0o600)) }, "not a log of skipstack's"},
+		"old one is a link": {func(t *testing.T, path string) {
+			must(t, os.WriteFile(path, fullLog(maxSize), 0o600))
+			must(t, os.Symlink(target, path+".1"))
+		}, ".1 is a symbolic link"},
+		"old one is somebody else's": {func(t *testing.T, path string) {
+			must(t, os.WriteFile(path, fullLog(maxSize), 0o600))
+			must(t, os.WriteFile(path+".1", []byte(foreignText), 0o600))
+		}, ".1 is not a log of skipstack's"},
 		"full and kept open": {plantStuck, "keeps it locked"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -290,6 +299,15 @@ func TestFileThatCannotBeUsed(t *testing.T) {
 				t.Errorf("took %v", took)
 			}
 			mustClose(t, closer)
+			if strings.HasSuffix(name, "somebody else's") {
+				kept := path
+				if strings.HasPrefix(name, "old") {
+					kept += ".1"
+				}
+				if got := readFile(t, kept); got != foreignText {
+					t.Errorf("%s has changed: %.100q", kept, got)
+				}
+			}
 			got := lines(stderr.String())
 			if len(got) != many+2 || !strings.Contains(got[0], c.says) || !strings.Contains(got[0], path) ||
 				!strings.Contains(got[1], "msg=first") || !strings.Contains(got[many+1], "msg=second") {
@@ -302,6 +320,46 @@ func TestFileThatCannotBeUsed(t *testing.T) {
 	}
 	if _, err := os.Lstat(target + "x"); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("a link's target was created: %v", err)
+	}
+}
+
+// foreignText is of another program that uses the same format, almost.
+const foreignText = "time=noon level=INFO msg=mine\n"
+
+// fullLog begins like a log of ours.
+func fullLog(size int) []byte {
+	const first = "time=2026-01-01T12:00:00.000+01:00 level=WARN msg=first\n"
+	return append([]byte(first), make([]byte, size-len(first))...)
+}
+
+func TestOurLinesAreKnown(t *testing.T) {
+	for line, ours := range map[string]bool{
+		"time=2026-01-01T12:00:00.000Z level=INFO msg=m":                   true,
+		"time=2026-01-01T12:00:00.000-11:30 level=ERROR+2 msg=\"a b\" x=1": true,
+		foreignText: false,
+		"{\"time\":\"2026-01-01T12:00:00Z\",\"level\":\"INFO\"}": false,
+		"\ntime=2026-01-01T12:00:00.000Z level=INFO msg=m":       false,
+		"time=2026-01-01T12:00:00.000Z":                          false,
+		"\x00":                                                   false,
+		"":                                                       true, // an empty file
+	} {
+		path := filepath.Join(t.TempDir(), "log")
+		if err := os.WriteFile(path, []byte(line), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := (&file{path: path, maxSize: maxSize}).open(); (err == nil) != ours {
+			t.Errorf("%q: %v", line, err)
+		}
+	}
+	// As slog writes them on this machine.
+	for _, level := range []slog.Level{slog.LevelDebug, slog.LevelInfo, slog.LevelWarn, slog.LevelError} {
+		var b bytes.Buffer
+		log, closer := New(Options{Stderr: &b, Level: slog.LevelDebug})
+		log.Log(t.Context(), level, "two words")
+		mustClose(t, closer)
+		if !ourLine.Match(b.Bytes()) {
+			t.Errorf("not known: %q", b.String())
+		}
 	}
 }
 
@@ -329,7 +387,7 @@ func plantForeign(t *testing.T, path string) {
 }
 
 func plantFull(t *testing.T, path string) {
-	if err := os.WriteFile(path, make([]byte, maxSize), 0o600); err != nil {
+	if err := os.WriteFile(path, fullLog(maxSize), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	if err := os.MkdirAll(filepath.Join(path+".1", "x"), 0o700); err != nil {
@@ -338,7 +396,7 @@ func plantFull(t *testing.T, path string) {
 }
 
 func plantStuck(t *testing.T, path string) {
-	if err := os.WriteFile(path, make([]byte, maxSize+slack), 0o600); err != nil {
+	if err := os.WriteFile(path, fullLog(maxSize+slack), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	stoppedHolder(t, path)
