@@ -138,10 +138,12 @@ func (r *Report) writeText(w io.Writer) error {
 	}
 	fmt.Fprint(&b, `
 CPU: client and server share one, or have one each.
-ratio: rate with skipstack over plain rate, and its median absolute deviation.
+ratio: rate with skipstack over plain rate, the median of the pairs' ratios and their median
+absolute deviation. On a busy machine it differs from the ratio of the two medians shown.
 sent, redirected: bytes of the skipstack runs; all of the plain runs' were seen to go by TCP.
 proof: ok is 99 % redirected; overflow is as much together with what went by TCP because the
-receiver had its limit of unread bytes.
+receiver had its limit of unread bytes. Overflow is a pass: a receiver slower than its sender is
+meant to slow it down by TCP, and every byte that was not redirected is accounted for.
 `)
 	fmt.Fprintf(&b, "Checked byte by byte, apart from the measuring: %s.\n", quantity(float64(r.Verified), "B"))
 	for _, p := range r.Points {

@@ -31,6 +31,11 @@ func TestTextFits(t *testing.T) {
 			t.Errorf("%d columns: %s", n, line)
 		}
 	}
+	for _, explained := range []string{"the median of the pairs' ratios", "Overflow is a pass"} {
+		if !strings.Contains(b.String(), explained) {
+			t.Errorf("it does not say %q", explained)
+		}
+	}
 	if !strings.Contains(b.String(), "The bypass is proven for every point.") {
 		t.Error("it does not say that all is proven")
 	}
