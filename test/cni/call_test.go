@@ -75,13 +75,10 @@ type call struct {
 	netns    string // default: one that is gone; "-": none
 	args     string // CNI_ARGS; default: those of a CRI runtime; "-": none
 	cgroup   string // runtimeConfig.cgroupPath; default the pod's; "-": none
-	members  string // more members of the configuration, as JSON
+	members  string // more members of the configuration, as JSON; ADD accepts the kernel's risks unless they say which
 	prev     string // default [prevResult]; "-": none
 	stdin    string // all of standard input
 	handicap string // see [handicap]
-	// cautious leaves the kernel's risks alone; else ADD accepts them, unless
-	// members has something to say about it.
-	cautious bool
 
 	bpffs, runDir, cgroupRoot string // default the node's
 }
@@ -121,7 +118,7 @@ func (s *site) stdin(c call) string {
 	if c.members != "" {
 		members = append(members, c.members)
 	}
-	if c.verb == "ADD" && !c.cautious && !strings.Contains(c.members, "acceptRisk") {
+	if c.verb == "ADD" && !strings.Contains(c.members, "acceptRisk") {
 		members = append(members, `"acceptRisks":`+quote(accepting["acceptRisks"]))
 	}
 	if prev := cmp.Or(c.prev, prevResult); prev != "-" && (c.verb == "ADD" || c.verb == "CHECK" || c.verb == "DEL") {

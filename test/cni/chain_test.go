@@ -109,6 +109,7 @@ func TestChainOfEveryVersion(t *testing.T) {
 	s := newSite(t, options{})
 	for _, v := range []string{"0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"} {
 		t.Run(v, func(t *testing.T) {
+			s := s.in(t)
 			list := s.network(node.Network{Version: v})
 			p := must(s.NewPod("pod", node.PodOptions{}))(t)
 			defer p.Close(t.Context())
@@ -160,14 +161,10 @@ func TestRoutes(t *testing.T) {
 
 	service := func(ip string, masquerade bool) func(*traffic.Listener) netip.AddrPort {
 		addr := netip.MustParseAddr(ip)
-		return func(l *traffic.Listener) netip.AddrPort {
-			backend, _ := server.Addr(addr.Is6())
-			svc := must(s.AddService(node.ServiceOptions{
-				IP: addr, Port: 80, Backend: backend, BackendPort: l.Addr.Port(), Masquerade: masquerade,
-			}))(t)
-			t.Cleanup(func() { check(t, svc.Close()) })
-			return netip.AddrPortFrom(addr, 80)
-		}
+		backend, _ := server.Addr(addr.Is6())
+		svc := must(s.AddService(node.ServiceOptions{IP: addr, Backend: backend, Masquerade: masquerade}))(t)
+		t.Cleanup(func() { check(t, svc.Close()) })
+		return func(l *traffic.Listener) netip.AddrPort { return netip.AddrPortFrom(addr, l.Addr.Port()) }
 	}
 	any6 := netip.MustParseAddrPort("[::]:0")
 	accelerated := accepted(t)
@@ -188,6 +185,7 @@ func TestRoutes(t *testing.T) {
 		"service, another container answers": {client: client.host, server: container, listen: server.at(false, 0), by: service("10.96.0.5", true)},
 	} {
 		t.Run(name, func(t *testing.T) {
+			s := s.in(t)
 			if strings.HasPrefix(name, "service") && !s.HasBridgeNetfilter() {
 				t.Skip("needs bridge netfilter")
 			}

@@ -32,6 +32,7 @@ func TestBadConfiguration(t *testing.T) {
 		"relative log file":        {`"logFile":"skipstack.log"`, "logFile"},
 	} {
 		t.Run(name, func(t *testing.T) {
+			s := s.in(t)
 			p := s.light()
 			got := s.wantLines(1, tc.says, s.want(0, s.run(p.call(tc.members).add())))
 			for _, want := range []string{"level=WARN", p.id, "ns/pod-", "reason=", "config"} {
@@ -163,9 +164,15 @@ func TestWhereItCannotWork(t *testing.T) {
 		"no cgroup2":                {func(t *testing.T, s *site, c *call) { c.handicap, c.cgroupRoot = "cgroup2", "-" }, "cgroup"},
 		"cgroup root is no cgroup2": {func(t *testing.T, s *site, c *call) { c.cgroupRoot = s.Dir }, "cgroup"},
 		"no such cgroup":            {func(t *testing.T, s *site, c *call) { c.cgroup = "/kubepods/pod0"; c.args = "-" }, "cgroup"},
-		"all pods' cgroup":          {func(t *testing.T, s *site, c *call) { c.cgroup = "/kubepods/burstable" }, "cgroup"},
-		"cgroup above the root":     {func(t *testing.T, s *site, c *call) { c.cgroup = "/../init" }, "cgroup"},
-		"no bpffs, no directory":    {func(t *testing.T, s *site, c *call) { c.bpffs = filepath.Join(s.Dir, "nothing") }, "nothing"},
+		"two cgroups of one UID": {func(t *testing.T, s *site, c *call) {
+			c.cgroup = "-"
+			second := must(s.Cgroup("kubepods/pod" + c.pod.uid))(t)
+			t.Cleanup(func() { check(t, os.Remove(second)) })
+		}, "more than one"},
+		"the host's netns":       {func(t *testing.T, s *site, c *call) { c.netns = "/proc/self/ns/net" }, "host's network namespace"},
+		"all pods' cgroup":       {func(t *testing.T, s *site, c *call) { c.cgroup = "/kubepods/burstable" }, "cgroup"},
+		"cgroup above the root":  {func(t *testing.T, s *site, c *call) { c.cgroup = "/../init" }, "cgroup"},
+		"no bpffs, no directory": {func(t *testing.T, s *site, c *call) { c.bpffs = filepath.Join(s.Dir, "nothing") }, "nothing"},
 		"no bpffs, a file": {func(t *testing.T, s *site, c *call) {
 			c.bpffs = filepath.Join(s.Dir, "file")
 			check(t, os.WriteFile(c.bpffs, nil, 0o600))

@@ -2,6 +2,8 @@ package cni_test
 
 import (
 	"context"
+	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -420,4 +422,60 @@ func TestWithoutKubernetes(t *testing.T) {
 	client, server := start("client"), start("server")
 	r := route{client: client.host, server: server.host, listen: s.addrOf(server)}
 	s.wantAcceleratedIf(accepted(t), "containers", r)
+}
+
+// DEL while a connection lives, as when a runtime does not wait for a container's
+// end: no byte is lost, and the link goes when the last socket has.
+func TestDelUnderTraffic(t *testing.T) {
+	s := newSite(t, options{})
+	list := s.network(node.Network{})
+	client, server := s.twoPods(list, node.PodOptions{})
+	a, b := s.connect(direct(client, server))
+	s.wantRedirected(a, b)
+	own := func(verb string, p *pod) outcome {
+		return s.run(call{verb: verb, network: list.Name, pod: light{id: p.ID, uid: p.UID, dir: p.Cgroup}})
+	}
+	s.want(0, own("DEL", server))
+	s.wantSwitchedOff(a, b)
+	s.wantSwitchedOff(b, a)
+	s.wantPlain("after DEL", direct(client, server))
+	s.wantLinks(client.cgroupID(t), server.cgroupID(t)) // one of them parked
+	if _, err := os.Stat(s.linkPin(server.cgroupID(t))); err == nil {
+		t.Error("the link of the pod that is gone is not parked")
+	}
+	// The pod comes back, with the connection that it has.
+	s.want(0, own("ADD", server))
+	s.wantRedirected(a, b)
+	s.wantRedirected(b, a)
+	s.want(0, own("DEL", server))
+	s.say(a, b)
+	check(t, a.Close())
+	check(t, b.Close())
+	wait(t, "the parked link is swept", func() (string, bool) {
+		s.want(0, own("ADD", client)) // any ADD does it
+		links := s.links()
+		return fmt.Sprint(links), len(links) == 1
+	})
+	s.wantLinks(client.cgroupID(t))
+}
+
+// The unread limit of the configuration is the one that holds.
+func TestUnreadLimit(t *testing.T) {
+	s := newSite(t, options{})
+	for _, tc := range []struct {
+		limit int
+		full  bool
+	}{{4096, true}, {16 << 20, false}} {
+		list := s.network(node.Network{Skipstack: withAccepting("unreadLimit", tc.limit)})
+		client, server := s.twoPods(list, node.PodOptions{})
+		a, b := s.connect(direct(client, server))
+		before := s.counters()
+		for range 64 {
+			must(a.Write(make([]byte, 1024)))(t)
+		}
+		if full := s.counters().Since(before).Messages["receiver_full"].Messages > 0; full != tc.full {
+			t.Errorf("limit %d, 64 KiB unread: receiver full %v", tc.limit, full)
+		}
+		must(io.ReadFull(b, make([]byte, 64<<10)))(t)
+	}
 }

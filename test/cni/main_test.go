@@ -48,12 +48,18 @@ func program() string { return filepath.Join(node.ProgramDir(), node.PluginType)
 // A site is a node to test on.
 type site struct {
 	*node.Node
-	t    *testing.T
-	log  *lockedBuffer // what plugins that libcni ran wrote to stderr
-	pods []*pod
+	*state
+	t *testing.T
+}
 
+type state struct {
+	log    lockedBuffer // what plugins that libcni ran wrote to stderr
+	pods   []*pod
 	lights int // made so far
 }
+
+// in is the site for a subtest, which is the one that fails then.
+func (s *site) in(t *testing.T) *site { return &site{s.Node, s.state, t} }
 
 type options struct {
 	node.Options
@@ -64,8 +70,8 @@ type options struct {
 // newSite makes a node. At the test's end nothing may be left on it of any pod.
 func newSite(t *testing.T, o options) *site {
 	t.Helper()
-	s := &site{t: t, log: &lockedBuffer{}}
-	o.Log = s.log
+	s := &site{state: &state{}, t: t}
+	o.Log = &s.log
 	s.Node = node.ForTest(t, o.Options)
 	t.Cleanup(func() {
 		s.waitProber()

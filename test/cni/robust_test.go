@@ -137,27 +137,27 @@ func TestAddKilled(t *testing.T) {
 	bystander, next, p := s.light(), s.light(), s.light()
 	s.want(0, s.run(bystander.call().add()))
 	keep := fmt.Sprintf(`"cni.dev/valid-attachments":[{"containerID":%q,"ifname":"eth0"}]`, bystander.id)
-	repairs := map[string]func(){
-		"ADD": func() {
+	for name, repair := range map[string]func(*site){
+		"ADD": func(s *site) {
 			s.wantLines(0, "", s.want(0, s.run(p.call().add())))
 			s.wantRecord(p.id, "attached", "")
 			s.wantLinks(bystander.cgroupID, p.cgroupID)
 			s.want(0, s.run(p.call().check()))
 			s.want(0, s.run(p.call().del()))
 		},
-		"DEL": func() { s.wantLines(0, "", s.want(0, s.run(p.call().del()))) },
-		"GC":  func() { s.want(0, s.run(call{verb: "GC", members: keep})) },
-		"ADD of another pod": func() {
+		"DEL": func(s *site) { s.wantLines(0, "", s.want(0, s.run(p.call().del()))) },
+		"GC":  func(s *site) { s.want(0, s.run(call{verb: "GC", members: keep})) },
+		"ADD of another pod": func(s *site) {
 			s.want(0, s.run(next.call().add()))
 			s.wantRecord(next.id, "attached", "")
 			s.want(0, s.run(next.call().del()))
 			s.want(0, s.run(p.call().del()))
 		},
-	}
-	for name, repair := range repairs {
+	} {
 		t.Run(name, func(t *testing.T) {
+			s := s.in(t)
 			points := s.killedAt(1, p.call().add(), func(int) {}, func(int) {
-				repair()
+				repair(s)
 				s.wantLinks(bystander.cgroupID)
 				s.wantRecord(bystander.id, "attached", "")
 			})
@@ -385,6 +385,7 @@ func TestStuckLoading(t *testing.T) {
 		"mounting": {empty, empty},
 	} {
 		t.Run(name, func(t *testing.T) {
+			s := s.in(t)
 			holder := newStuck(t, tc.lock)
 			var calls []call
 			for _, p := range s.lightPods(3) {

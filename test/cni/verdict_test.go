@@ -1,10 +1,12 @@
 package cni_test
 
 import (
+	"encoding/json"
 	"fmt"
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -213,29 +215,134 @@ func TestProberKilled(t *testing.T) {
 	s.wantNothing()
 }
 
-// Where the verdict asks for more than a pod accepts, ADD says so.
-func TestRiskIsNamed(t *testing.T) {
-	s := newSite(t, options{})
+// forge makes a verdict of another kernel, on which these probes are not ok.
+func forge(t *testing.T, notOK ...string) verdict {
+	t.Helper()
 	v := theVerdict(t)
-	if len(v.Risks) == 0 {
-		t.Skip("needs a kernel with a risk")
-	}
-	p, q := s.light(), s.light()
-	cautious := p.call().add()
-	cautious.cautious = true
-	got := s.wantLines(1, "pod is not accelerated", s.want(0, s.run(cautious)))
-	for _, risk := range v.Risks {
-		if !strings.Contains(got.stderr, risk) {
-			t.Errorf("the log line does not name the risk %s: %s", risk, got.stderr)
+	var doc map[string]any
+	check(t, json.Unmarshal(v.content, &doc))
+	risks := []string{}
+	level := "safe"
+	for _, p := range doc["probes"].([]any) {
+		probe := p.(map[string]any)
+		name := probe["name"].(string)
+		if name == "mptcp" { // to say that it is safe could crash a kernel on which it is not
+			continue
+		}
+		probe["result"], probe["detail"] = "ok", "made up"
+		if slices.Contains(notOK, name) {
+			probe["result"] = "not ok"
+			risk := map[string]string{"charged": "uncharged", "fionread": "fionread", "epoll": "epoll", "splice": "splice"}[name]
+			switch {
+			case risk == "":
+				level = "unsupported"
+			case level == "safe":
+				level = "risky"
+				fallthrough
+			default:
+				risks = append(risks, risk)
+			}
 		}
 	}
-	s.wantRecord(p.id, "attached", "")
-	s.wantLines(0, "", s.want(0, s.run(q.call(`"acceptRisks":["`+strings.Join(v.Risks, `","`)+`"]`).add())))
-	s.want(0, s.run(p.call().del()))
-	s.want(0, s.run(q.call().del()))
+	slices.SortFunc(risks, func(a, b string) int {
+		order := []string{"splice", "fionread", "epoll", "uncharged"}
+		return slices.Index(order, a) - slices.Index(order, b)
+	})
+	doc["verdict"], doc["risks"] = level, risks
+	return verdict{Verdict: level, Risks: risks, file: v.file, content: must(json.Marshal(doc))(t)}
+}
 
-	load := s.cli("load")
-	if load.code != 0 || !strings.Contains(load.stdout, "risky: "+strings.Join(v.Risks, ", ")) {
-		t.Errorf("load does not name the risks: %+v", load)
+// What each kind of verdict makes of pods in mode auto, with and without a word
+// from the pod or the configuration.
+func TestVerdicts(t *testing.T) {
+	node.Need(t)
+	on := map[string]string{"skipstack/mode": "on"}
+	for name, tc := range map[string]struct {
+		notOK              []string
+		auto, asks, accept bool // accelerated: by itself, if both pods ask for it, if the configuration accepts
+	}{
+		"safe":             {nil, true, true, true},
+		"splice":           {[]string{"splice"}, false, true, true},
+		"splice and epoll": {[]string{"splice", "epoll"}, false, true, true},
+		"uncharged":        {[]string{"charged"}, false, false, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			v := forge(t, tc.notOK...)
+			s := newSite(t, options{unprobed: true})
+			check(t, os.MkdirAll(s.RunDir, 0o700))
+			check(t, os.WriteFile(filepath.Join(s.RunDir, v.file), v.content, 0o600))
+			auto := s.network(node.Network{Skipstack: map[string]any{}})
+			a, b := s.twoPods(auto, node.PodOptions{})
+			if log := s.log.take(); tc.auto != (log == "") || !strings.Contains(log, strings.Join(v.Risks, ", ")) {
+				t.Errorf("log %q", log)
+			}
+			s.wantAcceleratedIf(tc.auto, "auto", direct(a, b))
+			c, d := s.twoPods(auto, node.PodOptions{Annotations: on})
+			s.wantAcceleratedIf(tc.asks, "asked for", direct(c, d))
+			e, f := s.twoPods(s.network(node.Network{}), node.PodOptions{})
+			s.wantAcceleratedIf(tc.accept, "accepted", direct(e, f))
+			if len(probers(t)) > 0 {
+				t.Error("a verdict that is known is looked for")
+			}
+		})
+	}
+}
+
+// On a kernel that is unsupported nothing is loaded, and everybody is told.
+func TestUnsupported(t *testing.T) {
+	s := newSite(t, options{unprobed: true})
+	v := forge(t, "order", "splice")
+	check(t, os.MkdirAll(s.RunDir, 0o700))
+	check(t, os.WriteFile(filepath.Join(s.RunDir, v.file), v.content, 0o600))
+	p := s.light()
+	for _, mode := range []string{"auto", "on"} {
+		c := p.call(`"mode":"` + mode + `"`)
+		got := s.want(0, s.run(c.add()))
+		if mode == "auto" {
+			s.wantLines(1, "unsupported: order", got)
+		}
+		s.wantRecord(p.id, "skipped", "kernel: ")
+		s.want(0, s.run(c.check()))
+	}
+	strict := p.call(`"onError":"fail"`)
+	s.want(11, s.run(strict.add()))
+	s.want(50, s.run(call{verb: "STATUS", members: `"onError":"fail"`}))
+	s.want(0, s.run(call{verb: "STATUS"}))
+	if _, err := os.Stat(filepath.Join(s.BPFFS, "skipstack")); err == nil {
+		t.Error("the datapath is loaded")
+	}
+	s.wantCLI(3, "unsupported: order", "pods stay plain", s.cli("load"))
+	if s.gate().Open {
+		t.Error("the gate is open")
+	}
+	s.want(0, s.run(p.call().add()))
+	s.wantRecord(p.id, "skipped", "kernel: ")
+	s.want(0, s.run(p.call().del()))
+}
+
+// A verdict that cannot be read, or is of another build, is none.
+func TestVerdictOfNoUse(t *testing.T) {
+	node.Need(t)
+	v := theVerdict(t)
+	for name, content := range map[string]string{
+		"empty":         "",
+		"cut off":       string(v.content[:len(v.content)/2]),
+		"contradictory": strings.Replace(string(forge(t, "order").content), `"unsupported"`, `"safe"`, 1),
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newSite(t, options{unprobed: true})
+			check(t, os.MkdirAll(s.RunDir, 0o700))
+			check(t, os.WriteFile(filepath.Join(s.RunDir, v.file), []byte(content), 0o600))
+			p := s.light()
+			s.want(0, s.run(p.call().add()))
+			s.wantRecord(p.id, "attached", "")
+			s.waitGate()
+			var now verdict
+			check(t, json.Unmarshal(must(os.ReadFile(s.verdictFile()))(t), &now))
+			if now.Verdict != v.Verdict || !slices.Equal(now.Risks, v.Risks) {
+				t.Errorf("verdict %+v, want %+v", now, v)
+			}
+			s.want(0, s.run(p.call().del()))
+		})
 	}
 }
