@@ -1,0 +1,247 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+)
+
+// suites are looked through for kernels; of QEMU only the machine's own release
+// and its backports will do.
+var suites = []string{"bullseye", "bookworm", "trixie", "trixie-backports", "sid"}
+
+// apt is a private apt: its sources, lists and downloads are below dir, and the
+// machine's own are not touched.
+type apt struct {
+	dir     string
+	updated bool
+}
+
+// source is where the machine itself gets packages from.
+type source struct{ uri, signedBy string }
+
+// machineSources finds the machine's mirrors of its release and of that
+// release's security updates.
+func machineSources() (codename string, main, security source, err error) {
+	release, err := os.ReadFile("/etc/os-release")
+	if err != nil {
+		return "", main, security, fmt.Errorf("find the machine's release: %w", err)
+	}
+	m := regexp.MustCompile(`(?m)^VERSION_CODENAME="?(\w+)"?$`).FindSubmatch(release)
+	if m == nil || !bytes.Contains(release, []byte("ID=debian")) {
+		return "", main, security, errors.New("kernels are installed through apt: this needs a Debian machine")
+	}
+	codename = string(m[1])
+	files, err := filepath.Glob("/etc/apt/sources.list.d/*")
+	if err != nil {
+		return "", main, security, err
+	}
+	for _, path := range append(files, "/etc/apt/sources.list") {
+		text, err := os.ReadFile(path)
+		if err != nil {
+			continue
+		}
+		for _, s := range parseSources(path, string(text)) {
+			switch {
+			case slices.Contains(s.suites, codename) && main.uri == "":
+				main = s.source
+			case slices.Contains(s.suites, codename+"-security") && security.uri == "":
+				security = s.source
+			}
+		}
+	}
+	if main.uri == "" {
+		return "", main, security, fmt.Errorf("apt has no source of %s", codename)
+	}
+	return codename, main, security, nil
+}
+
+type sourceEntry struct {
+	source
+	suites []string
+}
+
+var oneLine = regexp.MustCompile(`(?m)^deb\s+(?:\[([^]]*)\]\s+)?(\S+)\s+(\S+)\s+.*\bmain\b`)
+
+// parseSources reads both of apt's formats.
+func parseSources(path, text string) (entries []sourceEntry) {
+	if !strings.HasSuffix(path, ".sources") {
+		for _, m := range oneLine.FindAllStringSubmatch(text, -1) {
+			e := sourceEntry{source{uri: m[2]}, []string{m[3]}}
+			for option := range strings.FieldsSeq(m[1]) {
+				if key, ok := strings.CutPrefix(option, "signed-by="); ok {
+					e.signedBy = key
+				}
+			}
+			entries = append(entries, e)
+		}
+		return entries
+	}
+	for stanza := range strings.SplitSeq(text, "\n\n") {
+		fields := map[string]string{}
+		for line := range strings.Lines(stanza) {
+			if name, value, ok := strings.Cut(line, ":"); ok && !strings.HasPrefix(line, "#") {
+				fields[strings.ToLower(name)] = strings.TrimSpace(value)
+			}
+		}
+		if uris := strings.Fields(fields["uris"]); len(uris) > 0 && slices.Contains(strings.Fields(fields["components"]), "main") {
+			entries = append(entries, sourceEntry{source{uris[0], fields["signed-by"]}, strings.Fields(fields["suites"])})
+		}
+	}
+	return entries
+}
+
+// update fetches package lists, once.
+func (a *apt) update(ctx context.Context) error {
+	if a.updated {
+		return nil
+	}
+	codename, mirror, security, err := machineSources()
+	if err != nil {
+		return err
+	}
+	for _, d := range []string{"lists/partial", "archives/partial"} {
+		if err := os.MkdirAll(filepath.Join(a.dir, d), 0o755); err != nil {
+			return err
+		}
+	}
+	var all, own strings.Builder
+	line := func(out *strings.Builder, s source, suite string) {
+		options := ""
+		if s.signedBy != "" {
+			options = "[signed-by=" + s.signedBy + "] "
+		}
+		fmt.Fprintf(out, "deb %s%s %s main\n", options, s.uri, suite)
+	}
+	for _, suite := range suites {
+		line(&all, mirror, suite)
+		if security.uri != "" && suite != "sid" && !strings.Contains(suite, "-") {
+			line(&all, security, suite+"-security")
+		}
+	}
+	line(&own, mirror, codename)
+	line(&own, mirror, codename+"-backports")
+	if security.uri != "" {
+		line(&own, security, codename+"-security")
+	}
+	if !strings.Contains(all.String(), " "+codename+"-backports ") {
+		line(&all, mirror, codename+"-backports")
+	}
+	for name, text := range map[string]string{"all.list": all.String(), "own.list": own.String()} {
+		if err := os.WriteFile(filepath.Join(a.dir, name), []byte(text), 0o644); err != nil {
+			return err
+		}
+	}
+	logf("reading package lists")
+	// A suite that is not served any more matters only if a package is missed.
+	if _, err := a.run(ctx, "", "all.list", "apt-get", "update"); err != nil {
+		logf("%v", err)
+	}
+	a.updated = true
+	return nil
+}
+
+func (a *apt) run(ctx context.Context, cwd, list, program string, args ...string) ([]byte, error) {
+	options := []string{
+		"-q",
+		"-o", "Dir::Etc::sourcelist=" + filepath.Join(a.dir, list),
+		"-o", "Dir::Etc::sourceparts=/dev/null",
+		"-o", "Dir::Etc::preferencesparts=/dev/null",
+		"-o", "Dir::State::lists=" + filepath.Join(a.dir, "lists"),
+		"-o", "Dir::Cache=" + a.dir,
+		"-o", "Acquire::Languages=none",
+		"-o", "Acquire::IndexTargets::deb::DEP-11::DefaultEnabled=false",
+		"-o", "Acquire::Retries=3",
+		"-o", "APT::Sandbox::User=root", // the caller's directory may be closed to others
+	}
+	cmd := exec.CommandContext(ctx, program, append(options, args...)...)
+	cmd.Dir = cwd
+	var out, errs bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &errs
+	if err := cmd.Run(); err != nil {
+		return nil, fmt.Errorf("%s %s: %w: %s", program, strings.Join(args, " "), err, bytes.TrimSpace(errs.Bytes()))
+	}
+	return out.Bytes(), nil
+}
+
+// unpack downloads packages and unpacks them into dir, which then holds all of
+// them or does not exist.
+func (a *apt) unpack(ctx context.Context, dir string, packages []string) error {
+	tmp, err := os.MkdirTemp(filepath.Dir(dir), filepath.Base(dir)+".tmp-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(tmp)
+	debs, root := filepath.Join(tmp, "debs"), filepath.Join(tmp, "root")
+	for _, d := range []string{debs, root} {
+		if err := os.Mkdir(d, 0o755); err != nil {
+			return err
+		}
+	}
+	logf("downloading %s", strings.Join(packages, " "))
+	if _, err := a.run(ctx, debs, "all.list", "apt-get", append([]string{"download"}, packages...)...); err != nil {
+		return err
+	}
+	files, err := filepath.Glob(filepath.Join(debs, "*.deb"))
+	if err != nil {
+		return err
+	}
+	for _, f := range files {
+		if out, err := exec.CommandContext(ctx, "dpkg", "-x", f, root).CombinedOutput(); err != nil {
+			return fmt.Errorf("unpack %s: %w: %s", filepath.Base(f), err, bytes.TrimSpace(out))
+		}
+	}
+	if err := os.RemoveAll(dir); err != nil {
+		return err
+	}
+	return os.Rename(root, dir)
+}
+
+// search lists the packages whose name matches.
+func (a *apt) search(ctx context.Context, pattern string) ([]string, error) {
+	out, err := a.run(ctx, "", "all.list", "apt-cache", "search", "--names-only", pattern)
+	if err != nil {
+		return nil, err
+	}
+	var names []string
+	for line := range strings.Lines(string(out)) {
+		names = append(names, strings.Fields(line)[0])
+	}
+	if len(names) == 0 {
+		return nil, fmt.Errorf("no package is called %s", pattern)
+	}
+	return names, nil
+}
+
+type candidate struct{ pkg, version string }
+
+// newest returns the newest of the packages whose name matches.
+func (a *apt) newest(ctx context.Context, pattern string) (candidate, error) {
+	names, err := a.search(ctx, pattern)
+	if err != nil {
+		return candidate{}, err
+	}
+	out, err := a.run(ctx, "", "all.list", "apt-cache", append([]string{"madison"}, names...)...)
+	if err != nil {
+		return candidate{}, err
+	}
+	var best candidate
+	for line := range strings.Lines(string(out)) {
+		f := strings.Split(line, "|")
+		if len(f) < 3 {
+			continue
+		}
+		c := candidate{strings.TrimSpace(f[0]), strings.TrimSpace(f[1])}
+		if best.pkg == "" || exec.CommandContext(ctx, "dpkg", "--compare-versions", c.version, "gt", best.version).Run() == nil {
+			best = c
+		}
+	}
+	return best, nil
+}

@@ -1,0 +1,226 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/skipstack/skipstack/plugin/datapath"
+	"github.com/skipstack/skipstack/plugin/verdict"
+	"github.com/skipstack/skipstack/test/vm/job"
+)
+
+// A plan is what to do on one kernel.
+type plan struct {
+	kernel string
+	suites []suite
+}
+
+// A suite is a test binary, or without a package a program of test/vm/guest.
+type suite struct {
+	pkg     string
+	args    []string
+	timeout time.Duration
+	// check judges what a program printed.
+	check func(output string) error
+	// skips are tests that may be skipped, and why.
+	skips map[string]string
+}
+
+// modules are what a node has loaded, as far as tests use it.
+var modules = []string{
+	"veth", "bridge", "br_netfilter", "overlay",
+	"nf_tables", "nft_chain_nat", "nft_nat", "nft_masq", "nft_redir", "nft_ct", "nft_reject_inet", "nft_fib_inet",
+}
+
+const (
+	splice   = datapath.RiskSplice
+	fionread = datapath.RiskFIONREAD
+)
+
+var plans = []plan{
+	{"5.10", []suite{refused, judged(verdict.Unsupported, 0)}},
+	{"6.1", on(verdict.Risky, splice|fionread)},
+	{"6.12", on(verdict.Risky, splice)},
+	{"6.18", on(verdict.Risky, splice)},
+	{"7", on(verdict.Risky, splice)},
+}
+
+// on is what to do on a supported kernel, of which that verdict is expected.
+func on(level verdict.Level, risks datapath.Risk) []suite {
+	return []suite{
+		loads,
+		judged(level, risks),
+		{pkg: "plugin/datapath", timeout: 5 * time.Minute},
+		{pkg: "plugin/verdict", timeout: 8 * time.Minute},
+	}
+}
+
+// refused expects that the datapath does not load and one line says why.
+var refused = suite{args: []string{"load"}, timeout: time.Minute, check: func(output string) error {
+	a, err := loaded(output)
+	if err != nil {
+		return err
+	}
+	if !a.Unsupported || !strings.Contains(a.Error, "compare-and-swap") || strings.Contains(a.Error, "\n") {
+		return fmt.Errorf("want one clear line that the kernel is not supported, got %+v", a)
+	}
+	return nil
+}}
+
+// loads expects that the datapath loads.
+var loads = suite{args: []string{"load"}, timeout: time.Minute, check: func(output string) error {
+	a, err := loaded(output)
+	if err == nil && a.Error != "" {
+		err = fmt.Errorf("the datapath does not load: %s", a.Error)
+	}
+	return err
+}}
+
+func loaded(output string) (a job.Loaded, err error) {
+	if err := json.Unmarshal([]byte(output), &a); err != nil {
+		return a, fmt.Errorf("it printed %q: %w", output, err)
+	}
+	return a, nil
+}
+
+// judged expects a verdict.
+func judged(level verdict.Level, risks datapath.Risk) suite {
+	return suite{args: []string{"verdict"}, timeout: 2 * time.Minute, check: func(output string) error {
+		var v job.Verdict
+		if err := json.Unmarshal([]byte(output), &v); err != nil {
+			return fmt.Errorf("it printed %q: %w", output, err)
+		}
+		// Nothing can be told of the risks of a kernel that does not load the programs.
+		if v.Level != string(level) || level != verdict.Unsupported && v.Risks != risks.String() {
+			return fmt.Errorf("want %s [%s], got %+v", level, risks, v)
+		}
+		return nil
+	}}
+}
+
+func (s suite) name() string {
+	if s.pkg != "" {
+		return s.pkg
+	}
+	return strings.Join(s.args, " ")
+}
+
+// choose returns the plans for the kernels, and of those the suites whose name
+// matches.
+func choose(only string, match *regexp.Regexp) ([]plan, error) {
+	all := make([]plan, len(plans))
+	for i, p := range plans {
+		all[i].kernel = p.kernel
+		for _, s := range p.suites {
+			if match.MatchString(s.name()) {
+				all[i].suites = append(all[i].suites, s)
+			}
+		}
+	}
+	if only == "" {
+		return all, nil
+	}
+	var chosen []plan
+	for want := range strings.SplitSeq(only, ",") {
+		i := slices.IndexFunc(all, func(p plan) bool { return p.kernel == want })
+		if i < 0 {
+			return nil, fmt.Errorf("no plan for kernel %q", want)
+		}
+		chosen = append(chosen, all[i])
+	}
+	return chosen, nil
+}
+
+// pack makes the initramfs.
+func (l *lab) pack(ctx context.Context, k *kernelTree, p plan, path string) (err error) {
+	f, err := os.Create(path)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if closeErr := f.Close(); err == nil {
+			err = closeErr
+		}
+	}()
+	a := newArchive(f)
+	add := func(from, to string) error {
+		data, err := os.ReadFile(from)
+		if err != nil {
+			return err
+		}
+		return a.file(to, 0o755, data)
+	}
+	if err := add(filepath.Join(l.cache, "bin/guest"), "init"); err != nil {
+		return err
+	}
+	order, err := k.load(ctx, modules)
+	if err != nil {
+		return err
+	}
+	var s job.Script
+	for _, m := range order {
+		name := "modules/" + m.name + ".ko"
+		s.Modules = append(s.Modules, "/"+name)
+		if err := a.file(name, 0o644, m.data); err != nil {
+			return err
+		}
+	}
+	packed := map[string]bool{}
+	for _, suite := range p.suites {
+		r := job.Run{Name: suite.name(), Timeout: suite.timeout, Args: suite.args, Path: "/init", Dir: "/"}
+		if suite.pkg != "" {
+			dir := "src/" + suite.pkg
+			file := dir + "/" + binary(suite.pkg)
+			r.Dir, r.Path = "/"+dir, "/"+file
+			r.Args = append([]string{"-test.v=test2json", "-test.timeout=" + suite.timeout.String()}, suite.args...)
+			r.Timeout += 30 * time.Second // it says itself where it hangs
+			if !packed[suite.pkg] {
+				packed[suite.pkg] = true
+				if err := add(filepath.Join(l.cache, "bin", binary(suite.pkg)), file); err != nil {
+					return err
+				}
+				if err := addTree(a, filepath.Join(suite.pkg, "testdata"), dir+"/testdata"); err != nil {
+					return err
+				}
+			}
+		}
+		s.Runs = append(s.Runs, r)
+	}
+	text, err := json.Marshal(s)
+	if err != nil {
+		return err
+	}
+	if err := a.file(strings.TrimPrefix(job.ScriptPath, "/"), 0o644, text); err != nil {
+		return err
+	}
+	return a.close()
+}
+
+func addTree(a *archive, from, to string) error {
+	err := filepath.WalkDir(from, func(path string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() {
+			return err
+		}
+		data, err := os.ReadFile(path)
+		if err != nil {
+			return err
+		}
+		rel, err := filepath.Rel(from, path)
+		if err != nil {
+			return err
+		}
+		return a.file(filepath.Join(to, rel), 0o644, data)
+	})
+	if os.IsNotExist(err) {
+		return nil
+	}
+	return err
+}

@@ -1,0 +1,182 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"runtime"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/skipstack/skipstack/test/vm/job"
+)
+
+// qemu is an emulator with its firmware.
+type qemu struct {
+	path string
+	args []string
+	env  []string
+}
+
+// oldest works: 7.2 of bookworm has double faults in 6.12 guests.
+const oldestQEMU = 10
+
+var qemuVersion = regexp.MustCompile(`version (\d+)\.`)
+
+func (q *qemu) works(ctx context.Context) bool {
+	cmd := exec.CommandContext(ctx, q.path, "--version")
+	cmd.Env = q.env
+	out, err := cmd.Output()
+	if err != nil {
+		return false
+	}
+	m := qemuVersion.FindSubmatch(out)
+	if m == nil {
+		return false
+	}
+	major, err := strconv.Atoi(string(m[1]))
+	return err == nil && major >= oldestQEMU
+}
+
+// fetchQEMU finds the machine's own emulator or, if that is missing or too old,
+// unpacks one into the cache.
+func fetchQEMU(ctx context.Context, cache string, a *apt) (*qemu, error) {
+	if path, err := exec.LookPath("qemu-system-x86_64"); err == nil {
+		if q := (&qemu{path: path, env: os.Environ()}); q.works(ctx) {
+			return q, nil
+		}
+	}
+	dir := filepath.Join(cache, "qemu")
+	q := &qemu{
+		path: filepath.Join(dir, "usr/bin/qemu-system-x86_64"),
+		args: []string{"-L", filepath.Join(dir, "usr/share/qemu"), "-L", filepath.Join(dir, "usr/share/seabios")},
+		env: append(os.Environ(), "LD_LIBRARY_PATH="+strings.Join([]string{
+			filepath.Join(dir, "lib/x86_64-linux-gnu"), filepath.Join(dir, "usr/lib/x86_64-linux-gnu"),
+		}, ":")),
+	}
+	if q.works(ctx) {
+		return q, nil
+	}
+	if err := a.update(ctx); err != nil {
+		return nil, err
+	}
+	codename, _, _, err := machineSources()
+	if err != nil {
+		return nil, err
+	}
+	// What would be installed besides: the libraries that the machine lacks.
+	out, err := a.run(ctx, "", "own.list", "apt-get", "install", "--simulate", "--no-install-recommends",
+		"--target-release", codename+"-backports", "qemu-system-x86")
+	if err != nil {
+		return nil, err
+	}
+	var packages []string
+	for _, m := range regexp.MustCompile(`(?m)^Inst (\S+) (?:\[\S+\] )?\((\S+) `).FindAllStringSubmatch(string(out), -1) {
+		packages = append(packages, m[1]+"="+m[2])
+	}
+	if err := a.unpack(ctx, dir, packages); err != nil {
+		return nil, err
+	}
+	if !q.works(ctx) {
+		return nil, fmt.Errorf("the emulator in %s does not start, or is older than QEMU %d", dir, oldestQEMU)
+	}
+	return q, nil
+}
+
+// boot runs a virtual machine until it powers off. The kernel's messages go to
+// the file console, what the script's runs did to handle. It fails if the
+// machine does not come to the end of its script before ctx is done.
+func (q *qemu) boot(ctx context.Context, k *kernelTree, initramfs, console string, handle func(job.Event) error) error {
+	args := append(q.args[:len(q.args):len(q.args)],
+		"-M", "pc", "-cpu", "max", "-accel", "tcg,thread=multi", "-smp", "2", "-m", "3072",
+		"-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
+		"-serial", "file:"+console,
+		"-chardev", "stdio,id=results,signal=off", "-serial", "chardev:results",
+		"-kernel", k.image, "-initrd", initramfs,
+		// mitigations and a clock that is checked cost much under emulation.
+		"-append", "console=ttyS0 loglevel=7 panic=-1 oops=panic mitigations=off tsc=unstable rdinit=/init")
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
+	// The parent-death signal is sent when the thread that started the child ends.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	cmd := exec.CommandContext(ctx, q.path, args...)
+	cmd.Env = q.env
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setpgid: true}
+	cmd.WaitDelay = 5 * time.Second
+	var errs strings.Builder
+	cmd.Stderr = &errs
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		return err
+	}
+	if err := cmd.Start(); err != nil {
+		return fmt.Errorf("start the emulator: %w", err)
+	}
+	done := false
+	err = read(bufio.NewScanner(out), func(e job.Event) error {
+		switch e.Kind {
+		case job.Failed:
+			return errors.New(e.Text)
+		case job.Done:
+			done = true
+		}
+		return handle(e)
+	})
+	if err != nil {
+		stop()
+	}
+	waitErr := cmd.Wait()
+	switch {
+	case err != nil:
+		return err
+	case ctx.Err() != nil:
+		return fmt.Errorf("the virtual machine was stopped: %w", context.Cause(ctx))
+	case waitErr != nil:
+		return fmt.Errorf("emulator: %w: %s", waitErr, strings.TrimSpace(errs.String()))
+	case !done:
+		return errors.New("the virtual machine ended before its script did")
+	}
+	return nil
+}
+
+// read reads events. Anything else on the port is an error: it would hide one.
+func read(sc *bufio.Scanner, handle func(job.Event) error) error {
+	sc.Buffer(nil, 16<<20)
+	for sc.Scan() {
+		var e job.Event
+		if err := json.Unmarshal(sc.Bytes(), &e); err != nil {
+			return fmt.Errorf("the virtual machine said %q: %w", sc.Text(), err)
+		}
+		if err := handle(e); err != nil {
+			return err
+		}
+	}
+	return sc.Err()
+}
+
+// trouble is what a healthy kernel does not say.
+var trouble = regexp.MustCompile(`WARNING: |BUG: |Oops|Call Trace:|Kernel panic|general protection fault|` +
+	`detected stall|blocked for more than|Out of memory: |KASAN|refcount_t: |double fault`)
+
+func complaints(console string) ([]string, error) {
+	text, err := os.ReadFile(console)
+	if err != nil {
+		return nil, err
+	}
+	var found []string
+	for line := range strings.Lines(string(text)) {
+		if trouble.MatchString(line) {
+			found = append(found, strings.TrimSpace(line))
+		}
+	}
+	return found, nil
+}
