@@ -512,3 +512,37 @@ func (s *site) waitGate() {
 	wait(s.t, "the gate is open", func() (string, bool) { return "it is closed", s.gate().Open })
 	s.waitProber()
 }
+
+// Somebody removes pins by hand. The next ADD loads what is missing, connections
+// that live lose nothing, and new ones are accelerated.
+func TestDamaged(t *testing.T) {
+	s := newSite(t, options{})
+	list := s.network(node.Network{})
+	client, server := s.twoPods(list, node.PodOptions{})
+	pins := must(filepath.Glob(filepath.Join(s.BPFFS, "skipstack/v1/*s/*[a-z]*")))(t)
+	if len(pins) < 5 {
+		t.Fatalf("pins %v", pins)
+	}
+	rand.Shuffle(len(pins), func(i, j int) { pins[i], pins[j] = pins[j], pins[i] })
+	for _, pin := range pins[:4] {
+		a, b := s.connect(direct(client, server))
+		s.wantRedirected(a, b)
+		check(t, os.Remove(pin))
+		for _, p := range []*pod{client, server} { // as for two new pods of the same cgroups
+			_, err := p.Add(t.Context(), list, "again")
+			check(t, err)
+		}
+		for range 5 {
+			s.say(a, b)
+			s.say(b, a)
+		}
+		s.wantAccelerated("after "+filepath.Base(pin)+" was removed", direct(client, server))
+		s.wantLinks(client.cgroupID(t), server.cgroupID(t))
+		for _, p := range []*pod{client, server} {
+			check(t, p.Check(t.Context(), list, node.IfName))
+			check(t, p.Del(t.Context(), list, "again"))
+		}
+		check(t, a.Close())
+		check(t, b.Close())
+	}
+}
