@@ -105,6 +105,8 @@ func TestParseConfigRefuses(t *testing.T) {
 		{"logLevel", `"logLevel": "trace"`, `is not one of debug, info, warn, error`},
 		{"logFile", `"logFile": "skipstack.log"`, `is not an absolute path`},
 		{"logFile empty", `"logFile": ""`, `is not an absolute path`},
+		{"runDir root", `"runDir": "/"`, `"/": the root directory cannot be used`},
+		{"cgroupRoot root", `"cgroupRoot": "//"`, `the root directory cannot be used`},
 		{"bpffs dots", `"bpffs": "/sys/fs/bpf/../x"`, `is not an absolute path`},
 		{"bpffs nul", `"bpffs": "/sys\u0000"`, `is not an absolute path`},
 		{"runDir", `"runDir": 1`, `1 is not a string`},

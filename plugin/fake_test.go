@@ -42,6 +42,8 @@ type fakeDatapath struct {
 	calls    []string
 	dropped  []string // bpffs and cgroup
 	open     int      // sets not closed
+	opened   []string // bpffs
+	noBPFFS  bool
 }
 
 func newFakeDatapath() *fakeDatapath {
@@ -79,12 +81,13 @@ func (f *fakeDatapath) called(name string) int {
 
 func (f *fakeDatapath) newSet() *fakeSet { f.open++; return &fakeSet{f} }
 
-func (f *fakeDatapath) Open(string) (Set, error) {
-	if err := f.call("Open"); err != nil {
+func (f *fakeDatapath) Open(bpffs string) (Set, error) {
+	if err := errors.Join(f.call("Open"), f.call("Open "+bpffs)); err != nil {
 		return nil, err
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	f.opened = append(f.opened, bpffs)
 	if !f.loaded {
 		return nil, fmt.Errorf("open: %w", datapath.ErrNotLoaded)
 	}
@@ -144,6 +147,15 @@ func (f *fakeDatapath) Sweep(_ string, limit int) error {
 	return f.call(fmt.Sprintf("Sweep %d", limit))
 }
 
+func (f *fakeDatapath) Published(bpffs string) (bool, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.noBPFFS {
+		return false, fmt.Errorf("%s: %w", bpffs, datapath.ErrNoBPFFS)
+	}
+	return f.loaded, nil
+}
+
 func (f *fakeDatapath) Unload(_ context.Context, _ string, force bool) (datapath.Remaining, error) {
 	if err := f.call("Unload"); err != nil {
 		return datapath.Remaining{}, err
@@ -193,7 +205,7 @@ func (s *fakeSet) Attach(cgroup *os.File, id uint64) (bool, error) {
 }
 
 func (s *fakeSet) Pod(id uint64) (datapath.PodSettings, bool, error) {
-	err := s.f.call("Pod")
+	err := errors.Join(s.f.call("Pod"), s.f.call(fmt.Sprintf("Pod %d", id)))
 	s.f.mu.Lock()
 	defer s.f.mu.Unlock()
 	p, ok := s.f.pods[id]

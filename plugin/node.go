@@ -1,10 +1,13 @@
 package plugin
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -41,6 +44,9 @@ type Loaded struct {
 	MaxConnections uint32
 	Verdict        Verdict
 	Node           datapath.NodeSettings
+	// Plain is why pods without annotations stay plain with this configuration,
+	// "" where they do not. The switch is not considered.
+	Plain string
 }
 
 // Load loads the datapath or, where another build's is loaded, puts this build's
@@ -51,6 +57,10 @@ type Loaded struct {
 // programs. A verdict that forbids acceleration is no error.
 func (n *Node) Load(ctx context.Context, conf Config) (Loaded, error) {
 	var out Loaded
+	// The probe needs it. To find it missing later would leave the datapath loaded.
+	if _, err := n.Cgroups.Root(conf.CgroupRoot); err != nil {
+		return out, err
+	}
 	probe, err := n.lockProbe(ctx, conf)
 	if err != nil {
 		return out, err
@@ -86,8 +96,26 @@ func (n *Node) Load(ctx context.Context, conf Config) (Loaded, error) {
 	if err := n.apply(ctx, conf, set, out.Verdict); err != nil {
 		return out, err
 	}
-	out.Node, err = set.Node()
-	return out, err
+	if out.Node, err = set.Node(); err != nil {
+		return out, err
+	}
+	out.Plain = plainOf(conf, out.Node)
+	return out, nil
+}
+
+// plainOf says why a pod that asks for nothing stays plain, whatever the switch.
+func plainOf(conf Config, node datapath.NodeSettings) string {
+	settings, why := decide(conf, runtimeConfig{})
+	switch {
+	case why == reasonMode:
+		return "mode is off"
+	case why != "":
+		return why
+	case !node.Open:
+		return "the kernel is not supported"
+	}
+	node.SwitchedOff = false
+	return whyPlain(node, settings)
 }
 
 // Probe is the detached child of an ADD: it finds the verdict out, and opens the
@@ -161,16 +189,21 @@ func (n *Node) lock(ctx context.Context, conf Config) (*attachment.Lock, error) 
 
 // Unloaded is what [Node.Unload] has done.
 type Unloaded struct {
-	Detached int    // attachments that were accelerated until now
+	Was      bool   // whether anything was loaded
+	Detached int    // pods that were attached until now
 	Sockets  uint64 // that live on by TCP and keep the programs until they close
 }
 
 // Unload takes the datapath away. While pods are attached it returns an error
 // wrapping [datapath.ErrInUse] unless forced, and then first records them as
 // skipped, so that CHECK does not complain of links that are meant to be gone.
-// No connection loses a byte: what is enrolled goes on by TCP.
+// No connection loses a byte: what is enrolled goes on by TCP. The error wraps
+// [datapath.ErrNoBPFFS] where the configured BPF file system is none.
 func (n *Node) Unload(ctx context.Context, conf Config, force bool) (Unloaded, error) {
 	var out Unloaded
+	if _, err := n.Datapath.Published(conf.BPFFS); err != nil {
+		return out, fmt.Errorf("nothing was loaded at %s: %w", conf.BPFFS, err)
+	}
 	// A prober that is under way would load the datapath again.
 	probe, err := n.lockProbe(ctx, conf)
 	if err != nil {
@@ -183,6 +216,9 @@ func (n *Node) Unload(ctx context.Context, conf Config, force bool) (Unloaded, e
 	}
 	defer lock.Unlock()
 
+	if out.Was, err = n.Datapath.Published(conf.BPFFS); err != nil {
+		return out, err
+	}
 	store := attachment.NewStore(conf.RunDir)
 	if err := n.Datapath.Sweep(conf.BPFFS, 0); err != nil {
 		return out, err
@@ -202,6 +238,9 @@ func (n *Node) Unload(ctx context.Context, conf Config, force bool) (Unloaded, e
 			pods = append(pods, podName(r))
 		}
 	}
+	// A pod has an attachment for each of its networks.
+	slices.Sort(pods)
+	pods = slices.Compact(pods)
 	if len(pods) > 0 && !force {
 		return out, fmt.Errorf("%w: %d (%s)", datapath.ErrInUse, len(pods), list(pods))
 	}
@@ -255,13 +294,13 @@ func (n *Node) Switch(conf Config, off bool) (Switched, error) {
 	if sets == 0 {
 		return Switched{}, fmt.Errorf("%w at %s: nothing to switch", datapath.ErrNotLoaded, conf.BPFFS)
 	}
-	sockets, err := n.sockets(conf, nil)
+	sockets, err := n.sockets(conf.BPFFS)
 	return Switched{Sets: sets, Sockets: sockets}, err
 }
 
 // SwitchPod does the same for one pod, which stays switched until it is deleted
 // or the datapath unloaded. The error wraps [ErrNoPod] for a pod that has no
-// attachment.
+// attachment. Other errors say what could not be switched, though all was tried.
 func (n *Node) SwitchPod(ctx context.Context, conf Config, namespace, name string, off bool) (Switched, error) {
 	lock, err := n.lock(ctx, conf)
 	if err != nil {
@@ -269,51 +308,70 @@ func (n *Node) SwitchPod(ctx context.Context, conf Config, namespace, name strin
 	}
 	defer lock.Unlock()
 	records, listErr := attachment.NewStore(conf.RunDir).List()
-	cgroups := map[uint64]bool{}
+	cgroups := map[string]map[uint64]bool{} // by the BPF file system of the link
 	why := ""
 	for _, r := range records {
 		if r.PodNamespace != namespace || r.PodName != name {
 			continue
 		}
-		if wants(r) {
-			cgroups[r.CgroupID] = true
-		} else {
+		if !wants(r) {
 			why = fmt.Sprintf(": it was skipped (%s)", r.Reason)
+			continue
 		}
+		bpffs := cmp.Or(wishOf(r).BPFFS, conf.BPFFS)
+		if cgroups[bpffs] == nil {
+			cgroups[bpffs] = map[uint64]bool{}
+		}
+		cgroups[bpffs][r.CgroupID] = true
 	}
 	if len(cgroups) == 0 {
 		return Switched{}, errors.Join(fmt.Errorf("%w: %s/%s%s", ErrNoPod, namespace, name, why), listErr)
 	}
-	set, err := n.Datapath.Open(conf.BPFFS)
-	if err != nil {
-		return Switched{}, err
-	}
-	defer set.Close()
 	var out Switched
-	for id := range cgroups {
-		settings, known, err := set.Pod(id)
-		if err != nil {
-			return out, err
-		}
-		if !known {
-			continue
-		}
-		settings.SwitchedOff = off
-		if err := set.SetPod(id, settings); err != nil {
-			return out, err
-		}
-		out.Pods++
+	errs := []error{listErr} // what cannot be read may be the pod's too
+	places := slices.Sorted(maps.Keys(cgroups))
+	for _, bpffs := range places {
+		pods, sockets, err := n.switchCgroups(bpffs, cgroups[bpffs], off)
+		out.Pods += pods
+		out.Sockets += sockets
+		errs = append(errs, err)
 	}
-	if out.Pods == 0 {
-		return out, fmt.Errorf("%w: %s/%s is recorded, but %s has no settings of it", ErrNoPod, namespace, name, conf.BPFFS)
+	err = errors.Join(errs...)
+	if out.Pods == 0 && err == nil {
+		err = fmt.Errorf("%w: %s/%s is recorded, but %s has no settings of it", ErrNoPod, namespace, name, strings.Join(places, ", "))
 	}
-	out.Sockets, err = n.sockets(conf, cgroups)
 	return out, err
 }
 
-// sockets counts enrolled sockets, of all pods or of those given.
-func (n *Node) sockets(conf Config, cgroups map[uint64]bool) (uint64, error) {
-	set, err := n.Datapath.Open(conf.BPFFS)
+// switchCgroups switches those that have settings, and returns how many, and how
+// many sockets of theirs are enrolled.
+func (n *Node) switchCgroups(bpffs string, cgroups map[uint64]bool, off bool) (pods int, sockets uint64, err error) {
+	set, err := n.Datapath.Open(bpffs)
+	if err != nil {
+		return 0, 0, err
+	}
+	defer set.Close()
+	var errs []error
+	for _, id := range slices.Sorted(maps.Keys(cgroups)) {
+		settings, known, err := set.Pod(id)
+		if err == nil && known {
+			settings.SwitchedOff = off
+			if err = set.SetPod(id, settings); err == nil {
+				pods++
+			}
+		}
+		errs = append(errs, err)
+	}
+	counters, err := set.PodCounters()
+	for id := range cgroups {
+		sockets += counters[id].Live
+	}
+	return pods, sockets, errors.Join(append(errs, err)...)
+}
+
+// sockets counts the enrolled sockets of all pods.
+func (n *Node) sockets(bpffs string) (uint64, error) {
+	set, err := n.Datapath.Open(bpffs)
 	if errors.Is(err, datapath.ErrNotLoaded) {
 		return 0, nil
 	}
@@ -323,10 +381,8 @@ func (n *Node) sockets(conf Config, cgroups map[uint64]bool) (uint64, error) {
 	defer set.Close()
 	pods, err := set.PodCounters()
 	var sum uint64
-	for id, c := range pods {
-		if cgroups == nil || cgroups[id] {
-			sum += c.Live
-		}
+	for _, c := range pods {
+		sum += c.Live
 	}
 	return sum, err
 }

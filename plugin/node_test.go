@@ -6,12 +6,14 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/skipstack/skipstack/plugin/attachment"
 	"github.com/skipstack/skipstack/plugin/datapath"
+	"github.com/skipstack/skipstack/plugin/podcgroup"
 )
 
 func (b *bench) node() *Node {
@@ -62,6 +64,52 @@ func TestLoad(t *testing.T) {
 			}
 		}
 	})
+}
+
+// A wrong cgroup root is found before anything is loaded, the verdict being known
+// or not.
+func TestLoadChecksCgroupRootFirst(t *testing.T) {
+	for _, cached := range []*Verdict{nil, safe()} {
+		b := newBench(t)
+		b.verdicts.cached, b.verdicts.probed = cached, safe()
+		b.cgroups.rootErr = podcgroup.ErrNoCgroup2
+		if _, err := b.node().Load(t.Context(), b.config()); !errors.Is(err, podcgroup.ErrNoCgroup2) {
+			t.Errorf("error %v", err)
+		}
+		if b.datapath.loaded || b.datapath.called("EnsureBPFFS") > 0 || b.verdicts.probes > 0 {
+			t.Errorf("did %v, %d probes", b.datapath.calls, b.verdicts.probes)
+		}
+	}
+}
+
+func TestLoadSaysWhatPodsGet(t *testing.T) {
+	risky := datapath.NodeSettings{Open: true, Risks: datapath.RiskSplice | datapath.RiskEpoll}
+	for _, tc := range []struct {
+		name string
+		gate datapath.NodeSettings
+		conf func(*Config)
+		want string
+	}{
+		{"safe", datapath.NodeSettings{Open: true}, func(*Config) {}, ""},
+		{"risks", risky, func(*Config) {}, "the kernel has risks that are not accepted: splice, epoll (key"},
+		{"some accepted", risky, func(c *Config) { c.AcceptRisks = datapath.RiskSplice }, "the kernel has risks that are not accepted: epoll (key"},
+		{"all accepted", risky, func(c *Config) { c.AcceptRisks = datapath.RiskSplice | datapath.RiskEpoll }, ""},
+		{"mode on", risky, func(c *Config) { c.Mode = ModeOn }, ""},
+		{"mode off", datapath.NodeSettings{Open: true}, func(c *Config) { c.Mode = ModeOff }, "mode is off"},
+		{"unsupported", datapath.NodeSettings{}, func(*Config) {}, "the kernel is not supported"},
+	} {
+		for _, off := range []bool{false, true} {
+			b := newBench(t)
+			b.verdicts.cached = &Verdict{Supported: tc.gate.Open, Node: tc.gate}
+			b.datapath.node.SwitchedOff, b.datapath.loaded, b.datapath.build = off, true, "this"
+			conf := b.config()
+			tc.conf(&conf)
+			got, err := b.node().Load(t.Context(), conf)
+			if err != nil || !strings.HasPrefix(got.Plain, tc.want) || tc.want == "" && got.Plain != "" || got.Node.SwitchedOff != off {
+				t.Errorf("%s: got %+v, error %v, want %q", tc.name, got, err, tc.want)
+			}
+		}
+	}
 }
 
 func TestProbe(t *testing.T) {
@@ -154,7 +202,7 @@ func TestUnload(t *testing.T) {
 		b.mustAdd(request{})
 		b.mustAdd(request{container: "off", conf: `"mode":"off"`, cgroup: "pod-b"})
 		got, err := b.node().Unload(t.Context(), b.config(), true)
-		if err != nil || !reflect.DeepEqual(got, Unloaded{Detached: 1, Sockets: 3}) {
+		if err != nil || !reflect.DeepEqual(got, Unloaded{Was: true, Detached: 1, Sockets: 3}) {
 			t.Errorf("got %+v, error %v", got, err)
 		}
 		b.wantLinks()
@@ -195,8 +243,33 @@ func TestUnload(t *testing.T) {
 	})
 	t.Run("nothing loaded", func(t *testing.T) {
 		b := newBench(t)
-		if _, err := b.node().Unload(t.Context(), b.config(), false); err != nil {
-			t.Error(err)
+		if got, err := b.node().Unload(t.Context(), b.config(), false); err != nil || got.Was {
+			t.Errorf("got %+v, error %v", got, err)
+		}
+	})
+	t.Run("no bpffs", func(t *testing.T) {
+		b := newBench(t)
+		b.mustAdd(request{})
+		b.datapath.noBPFFS = true
+		_, err := b.node().Unload(t.Context(), b.config(), true)
+		if !errors.Is(err, datapath.ErrNoBPFFS) || !strings.Contains(err.Error(), "nothing was loaded at "+DefaultBPFFS) {
+			t.Errorf("error %v", err)
+		}
+		b.wantLinks(101)
+		b.wantRecord(request{}, attachment.Attached, "")
+	})
+	t.Run("counts pods", func(t *testing.T) {
+		b := newBench(t)
+		b.mustAdd(request{})
+		b.mustAdd(request{ifname: "net1", network: "second"})
+		b.mustAdd(request{ifname: "net2", network: "third"})
+		b.mustAdd(request{container: "c2", cgroup: "pod-b", cniArgs: "K8S_POD_NAMESPACE=ns;K8S_POD_NAME=db"})
+		_, err := b.node().Unload(t.Context(), b.config(), false)
+		if !errors.Is(err, datapath.ErrInUse) || !strings.HasSuffix(err.Error(), ": 2 (ns/db, ns/web)") {
+			t.Errorf("error %v", err)
+		}
+		if got, err := b.node().Unload(t.Context(), b.config(), true); err != nil || got.Detached != 2 {
+			t.Errorf("got %+v, error %v", got, err)
 		}
 	})
 	t.Run("another bpffs", func(t *testing.T) {
@@ -273,5 +346,37 @@ func TestSwitchPod(t *testing.T) {
 	cancel()
 	if _, err := b.node().SwitchPod(ctx, b.config(), "ns", "web", true); !errors.Is(err, attachment.ErrBusy) {
 		t.Errorf("cancelled: %v", err)
+	}
+}
+
+// The pod is where its ADD has attached it, whatever is configured by now.
+func TestSwitchPodAtItsOwnBPFFS(t *testing.T) {
+	b := newBench(t)
+	b.mustAdd(request{conf: `"bpffs":"/mnt/other"`})
+	b.datapath.opened = nil
+	got, err := b.node().SwitchPod(t.Context(), b.config(), "ns", "web", true)
+	if err != nil || got.Pods != 1 || !b.pod(101).SwitchedOff || !slices.Equal(b.datapath.opened, []string{"/mnt/other"}) {
+		t.Errorf("got %+v, error %v, opened %v", got, err, b.datapath.opened)
+	}
+}
+
+// Trouble with one of a pod's cgroups does not keep the others as they are.
+func TestSwitchPodTriesAll(t *testing.T) {
+	for op, left := range map[string]uint64{"Pod 101": 101, "Pod 102": 102, "Open /mnt/other": 102, "Open " + DefaultBPFFS: 101} {
+		b := newBench(t)
+		b.mustAdd(request{})
+		b.mustAdd(request{container: "c2", cgroup: "pod-b", conf: `"bpffs":"/mnt/other"`})
+		b.datapath.counters = map[uint64]datapath.PodCounters{101: {Live: 4}, 102: {Live: 2}}
+		fault := errors.New("EIO")
+		b.datapath.fail[op] = fault
+		got, err := b.node().SwitchPod(t.Context(), b.config(), "ns", "web", true)
+		if !errors.Is(err, fault) || got.Pods != 1 {
+			t.Errorf("%s: got %+v, error %v", op, got, err)
+		}
+		for _, id := range []uint64{101, 102} {
+			if b.pod(id).SwitchedOff != (id != left) {
+				t.Errorf("%s: cgroup %d: %+v", op, id, b.pod(id))
+			}
+		}
 	}
 }

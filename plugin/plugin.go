@@ -55,6 +55,7 @@ type Datapath interface {
 
 	// For Node alone.
 	Upgrade(ctx context.Context, bpffs string, o datapath.LoadOptions) (s Set, changed bool, err error)
+	Published(bpffs string) (bool, error)
 	Unload(ctx context.Context, bpffs string, force bool) (datapath.Remaining, error)
 	SwitchNode(bpffs string, off bool) (sets int, err error)
 }

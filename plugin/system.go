@@ -133,6 +133,8 @@ func (kernel) DropPod(bpffs string, cgroupID uint64) error {
 
 func (kernel) Sweep(bpffs string, limit int) error { return datapath.Sweep(bpffs, limit) }
 
+func (kernel) Published(bpffs string) (bool, error) { return datapath.Published(bpffs) }
+
 func (kernel) Unload(ctx context.Context, bpffs string, force bool) (datapath.Remaining, error) {
 	return datapath.Unload(ctx, bpffs, force)
 }

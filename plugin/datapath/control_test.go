@@ -124,6 +124,22 @@ func TestSwitchOnReportsWhatItMayNotRead(t *testing.T) {
 	}
 }
 
+func TestPublished(t *testing.T) {
+	for _, path := range []string{t.TempDir(), "/no/such/directory"} {
+		if _, err := Published(path); !errors.Is(err, ErrNoBPFFS) {
+			t.Errorf("%s: %v", path, err)
+		}
+	}
+	bpffs := newBPFFS(t)
+	if there, err := Published(bpffs); there || err != nil {
+		t.Errorf("nothing loaded: %v, %v", there, err)
+	}
+	mustLoad(t, bpffs)
+	if there, err := Published(bpffs); !there || err != nil {
+		t.Errorf("loaded: %v, %v", there, err)
+	}
+}
+
 // The switch is known from all other maps of a set.
 func TestOpenSwitch(t *testing.T) {
 	s := mustLoad(t, newBPFFS(t))

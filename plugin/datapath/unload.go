@@ -13,6 +13,22 @@ type Remaining struct {
 	Sockets uint64 // enrolled, still open
 }
 
+// Published says whether there is a datapath below bpffs, of whatever build and
+// layout, whole or not. The error wraps [ErrNoBPFFS] where bpffs is none.
+func Published(bpffs string) (bool, error) {
+	if err := checkBPFFS(bpffs); err != nil {
+		return false, err
+	}
+	_, err := os.Stat(root(bpffs))
+	if errors.Is(err, os.ErrNotExist) {
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("look for the datapath: %w", err)
+	}
+	return true, nil
+}
+
 // Unload takes the datapath away. Where pods are attached it returns an error
 // wrapping [ErrInUse] unless told to force it.
 //
@@ -35,7 +51,7 @@ func Unload(ctx context.Context, bpffs string, force bool) (Remaining, error) {
 	if ids, err := Links(bpffs); err != nil {
 		return Remaining{}, err
 	} else if len(ids) > 0 && !force {
-		return Remaining{}, fmt.Errorf("unload: %d %w", len(ids), ErrInUse)
+		return Remaining{}, fmt.Errorf("unload: %w: %d", ErrInUse, len(ids))
 	}
 	var left Remaining
 	err = eachLayout(bpffs, func(p pinned) error {

@@ -19,6 +19,7 @@ import (
 	"github.com/skipstack/skipstack/plugin"
 	"github.com/skipstack/skipstack/plugin/attachment"
 	"github.com/skipstack/skipstack/plugin/datapath"
+	"github.com/skipstack/skipstack/plugin/podcgroup"
 )
 
 // fake stands for the kernel. What a command does is tested in package plugin;
@@ -36,6 +37,8 @@ type fake struct {
 	max     uint32
 	bpffs   string
 	probed  int
+	noBPFFS bool
+	sockets uint64 // that Unload leaves
 	verdict plugin.Verdict
 }
 
@@ -53,11 +56,18 @@ func (f *fake) Upgrade(_ context.Context, _ string, o datapath.LoadOptions) (plu
 	}
 	return f, f.build, nil
 }
+func (f *fake) Published(path string) (bool, error) {
+	if f.noBPFFS {
+		return false, fmt.Errorf("%s: %w", path, datapath.ErrNoBPFFS)
+	}
+	return f.loaded, nil
+}
 func (f *fake) Sweep(string, int) error              { return f.fail }
 func (f *fake) HasLink(string, uint64) (bool, error) { return f.loaded, nil }
 func (f *fake) Unload(_ context.Context, _ string, force bool) (datapath.Remaining, error) {
+	left := datapath.Remaining{Sockets: f.sockets}
 	f.force, f.loaded = force, false
-	return datapath.Remaining{Sockets: 2}, nil
+	return left, nil
 }
 func (f *fake) SwitchNode(_ string, off bool) (int, error) {
 	if !f.loaded {
@@ -88,14 +98,25 @@ func (f *fake) Probe(context.Context, plugin.Config) (plugin.Verdict, error) {
 	return f.verdict, nil
 }
 
+// cgroups knows no root but the one of the machine.
+type cgroups struct{ plugin.Cgroups }
+
+func (cgroups) Root(configured string) (string, error) {
+	if configured != "" {
+		return "", podcgroup.ErrNoCgroup2
+	}
+	return "/sys/fs/cgroup", nil
+}
+
 // Set and Datapath have methods of the same name.
 type verdicts struct{ *fake }
 
 func newFake(t *testing.T) (*fake, string) {
 	f := &fake{
-		pods: map[uint64]datapath.PodSettings{7: {Enabled: true}},
+		sockets: 2,
+		pods:    map[uint64]datapath.PodSettings{7: {Enabled: true}},
 		verdict: plugin.Verdict{
-			Supported: true, Node: datapath.NodeSettings{Open: true}, Summary: "risky: splice",
+			Supported: true, Node: datapath.NodeSettings{Open: true, Risks: datapath.RiskSplice}, Summary: "risky: splice",
 			Document: map[string]any{"verdict": "risky", "risks": []string{"splice"}},
 		},
 	}
@@ -117,7 +138,7 @@ func record(t *testing.T, runDir string) {
 // exec runs a command line.
 func exec(f *fake, args ...string) (code int, stdout, stderr string) {
 	var out, errs bytes.Buffer
-	deps := plugin.Deps{Datapath: f, Verdicts: verdicts{f}, Log: func(plugin.Config) (*slog.Logger, io.Closer) {
+	deps := plugin.Deps{Datapath: f, Cgroups: cgroups{}, Verdicts: verdicts{f}, Log: func(plugin.Config) (*slog.Logger, io.Closer) {
 		return slog.New(slog.NewTextHandler(&errs, nil)), io.NopCloser(nil)
 	}}
 	custom := &cobra.Command{Use: "custom", RunE: func(*cobra.Command, []string) error { return exitError("custom") }}
@@ -147,7 +168,10 @@ func TestCommands(t *testing.T) {
 		{name: "unknown command", args: "lode", code: 2, err: `unknown command "lode"`},
 		{name: "unknown flag", args: "load --fast", code: 2, err: "unknown flag: --fast"},
 		{name: "argument", args: "load x", code: 2, err: `unknown command "x"`},
-		{name: "load", args: "load --run-dir RUN", out: []string{"The datapath is loaded (up to 262144 connections).", "Kernel: risky: splice."}},
+		{name: "load", args: "load --run-dir RUN", out: []string{"The datapath is loaded (up to 262144 connections).", "Kernel: risky: splice.",
+			"Pods of the default configuration (--config names another) stay plain: the kernel has risks that are not accepted: splice (key acceptRisks"}},
+		{name: "load, safe", args: "load --run-dir RUN", prepare: func(f *fake) { f.verdict.Node.Risks = 0 }, out: []string{"Pods of the default configuration (--config names another) are accelerated unless they opt out"}},
+		{name: "load, bad cgroup root", args: "load --run-dir RUN --cgroup-root /mnt", prepare: func(f *fake) { f.fail = errors.New("went on") }, code: 1, err: "cgroup"},
 		{name: "load again", args: "load --run-dir RUN", prepare: loaded, out: []string{"was loaded already"}},
 		{name: "load another build", args: "load --run-dir RUN", prepare: func(f *fake) { loaded(f); f.build = true }, out: []string{"replaced another build's"}},
 		{name: "load, other size", args: "load --run-dir RUN", prepare: func(f *fake) { loaded(f); f.max = 99 }, out: []string{"up to 99 connections", "maxConnections 262144 takes effect"}},
@@ -155,6 +179,9 @@ func TestCommands(t *testing.T) {
 		{name: "load, unsupported", args: "load --run-dir RUN", prepare: func(f *fake) { f.verdict = plugin.Verdict{Summary: "unsupported: order"} }, code: 3, out: []string{"Kernel: unsupported: order."}, err: "pods stay plain"},
 		{name: "load fails", args: "load --run-dir RUN", prepare: func(f *fake) { f.fail = datapath.ErrNoBPFFS }, code: 1, err: "not a BPF file system"},
 		{name: "unload", args: "unload --run-dir RUN", prepare: loaded, out: []string{"Enrolled sockets left: 2."}},
+		{name: "unload, all closed", args: "unload --run-dir RUN", prepare: func(f *fake) { loaded(f); f.sockets = 0 }, out: []string{"The datapath is unloaded."}},
+		{name: "unload, nothing loaded", args: "unload --run-dir RUN --bpffs /mnt/bpf", prepare: func(f *fake) { f.sockets = 0 }, out: []string{"Nothing was loaded at /mnt/bpf."}},
+		{name: "unload, no bpffs", args: "unload --run-dir RUN --bpffs /mnt/bpf", prepare: func(f *fake) { f.noBPFFS = true }, code: 1, err: "nothing was loaded at /mnt/bpf: /mnt/bpf: not a BPF file system"},
 		{name: "unload in use", args: "unload --run-dir RUN", prepare: loaded, pod: true, code: 3, err: "--force"},
 		{name: "unload by force", args: "unload --run-dir RUN --force", prepare: loaded, pod: true, out: []string{"1 pod detached."}},
 		{name: "off", args: "off --run-dir RUN", prepare: loaded, out: []string{"switched off for this node", "Enrolled sockets left: 4."}},
@@ -248,8 +275,8 @@ func TestConfigFile(t *testing.T) {
 
 func TestJSON(t *testing.T) {
 	for args, want := range map[string]string{
-		"load --run-dir RUN --json":             `{"was":"nothing","maxConnections":262144,"open":true,"switchedOff":false,"verdict":{"risks":["splice"],"verdict":"risky"}}`,
-		"unload --run-dir RUN --force --json":   `{"detached":0,"sockets":2}`,
+		"load --run-dir RUN --json":             `{"was":"nothing","maxConnections":262144,"open":true,"switchedOff":false,"accelerates":false,"plain":"the kernel has risks that are not accepted: splice (key acceptRisks, or annotation skipstack/mode)","verdict":{"risks":["splice"],"verdict":"risky"}}`,
+		"unload --run-dir RUN --force --json":   `{"wasLoaded":true,"detached":0,"sockets":2}`,
 		"off --run-dir RUN --json":              `{"switchedOff":true,"sockets":4}`,
 		"on --run-dir RUN --json":               `{"switchedOff":false,"sockets":4}`,
 		"off --run-dir RUN --pod ns/web --json": `{"switchedOff":true,"sockets":1}`,
@@ -295,6 +322,18 @@ func TestConfigFlag(t *testing.T) {
 	if code, _, errs := exec(f, "load", "--config", file); code != 0 || f.bpffs != "/mnt/bpf" || f.max != 99 {
 		t.Errorf("code %d, bpffs %s, size %d: %s", code, f.bpffs, f.max, errs)
 	}
+	for members, want := range map[string]string{
+		`"mode":"off"`:             "Pods of this configuration stay plain: mode is off.\n",
+		`"mode":"on"`:              "Pods of this configuration are accelerated unless they opt out.\n",
+		`"acceptRisks":["splice"]`: "Pods of this configuration are accelerated unless they opt out or have a bandwidth limit.\n",
+		`"acceptRisks":["epoll"]`:  "Pods of this configuration stay plain: the kernel has risks that are not accepted: splice (",
+	} {
+		write(fmt.Sprintf(`{"type":"skipstack","runDir":%q,%s}`, runDir, members))
+		if code, out, errs := exec(f, "load", "--config", file); code != 0 || !strings.Contains(out, want) {
+			t.Errorf("%s: code %d, %s%s", members, code, out, errs)
+		}
+	}
+	write(fmt.Sprintf(`{"type":"skipstack","runDir":%q}`, runDir))
 	if code, _, errs := exec(f, "load", "--config", file, "--bpffs", "/mnt/other"); code != 0 || f.bpffs != "/mnt/other" {
 		t.Errorf("code %d, bpffs %s: %s", code, f.bpffs, errs)
 	}

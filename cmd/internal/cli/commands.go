@@ -17,7 +17,7 @@ import (
 func (c *cli) load() *cobra.Command {
 	return c.command("load", "Load the datapath, or replace another build's",
 		`The first pod's ADD loads the datapath by itself; load does it beforehand, and
-says what the kernel is fit for. After an upgrade or downgrade of skipstack it puts
+says what the kernel is fit for, and whether pods will be accelerated. After an upgrade or downgrade of skipstack it puts
 this build's programs in place of the loaded ones; connections that are accelerated
 go on with the programs they have.
 
@@ -37,8 +37,11 @@ It mounts a BPF file system where there is none.`, true,
 					MaxConnections uint32 `json:"maxConnections"`
 					Open           bool   `json:"open"`
 					SwitchedOff    bool   `json:"switchedOff"`
+					Accelerates    bool   `json:"accelerates"` // pods without annotations
+					Plain          string `json:"plain,omitempty"`
 					Verdict        any    `json:"verdict"`
-				}{got.Was, got.MaxConnections, got.Node.Open, got.Node.SwitchedOff, got.Verdict.Document}), unfit)
+				}{got.Was, got.MaxConnections, got.Node.Open, got.Node.SwitchedOff,
+					got.Plain == "" && !got.Node.SwitchedOff, got.Plain, got.Verdict.Document}), unfit)
 			}
 			did := map[string]string{
 				"nothing":       "is loaded",
@@ -54,8 +57,29 @@ It mounts a BPF file system where there is none.`, true,
 			if err == nil && got.Node.SwitchedOff {
 				err = c.printf("Acceleration is switched off on this node: `skipstack on` switches it on.\n")
 			}
+			if err == nil {
+				err = c.printf("%s", outlook(got, conf.Mode, cmd.Flags().Changed("config")))
+			}
 			return errors.Join(err, unfit)
 		})
+}
+
+// outlook is the line of load that says what the next pods get.
+func outlook(got plugin.Loaded, mode plugin.Mode, configured bool) string {
+	pods := "Pods of this configuration"
+	if !configured {
+		pods = "Pods of the default configuration (--config names another)"
+	}
+	switch {
+	case got.Plain != "":
+		return fmt.Sprintf("%s stay plain: %s.\n", pods, got.Plain)
+	case got.Node.SwitchedOff:
+		return "" // it has been said
+	case mode == plugin.ModeAuto:
+		return pods + " are accelerated unless they opt out or have a bandwidth limit.\n"
+	default:
+		return pods + " are accelerated unless they opt out.\n"
+	}
 }
 
 func (c *cli) unload() *cobra.Command {
@@ -71,9 +95,10 @@ keep programs loaded until they close. Run it again then to remove the rest.`, t
 			}
 			if asJSON {
 				return c.printJSON(struct {
-					Detached int    `json:"detached"`
-					Sockets  uint64 `json:"sockets"`
-				}{got.Detached, got.Sockets})
+					WasLoaded bool   `json:"wasLoaded"`
+					Detached  int    `json:"detached"`
+					Sockets   uint64 `json:"sockets"`
+				}{got.Was, got.Detached, got.Sockets})
 			}
 			if got.Detached > 0 {
 				if err := c.printf("%s detached.\n", plural(got.Detached, "pod")); err != nil {
@@ -82,6 +107,9 @@ keep programs loaded until they close. Run it again then to remove the rest.`, t
 			}
 			if got.Sockets > 0 {
 				return c.printf("Enrolled sockets left: %d. They go on by TCP; unload again when they have closed.\n", got.Sockets)
+			}
+			if !got.Was {
+				return c.printf("Nothing was loaded at %s.\n", conf.BPFFS)
 			}
 			return c.printf("The datapath is unloaded.\n")
 		})
