@@ -47,26 +47,55 @@ func (s *slowest) within(t *testing.T) {
 	t.Logf("%d calls took %v in the median, %v at most", len(s.all), s.all[len(s.all)/2], s.all[len(s.all)-1])
 }
 
+// wantMost checks the records of pods that were all added at once. Each is attached
+// and has its link, but for those that a machine with no time to spare has kept from
+// it for the length of their budget: these are plain, and few.
+func (s *site) wantMost(pods []light) {
+	s.t.Helper()
+	records := map[string]record{}
+	for _, r := range s.records() {
+		records[r.ContainerID] = r
+	}
+	links := s.links()
+	late := 0
+	for _, p := range pods {
+		switch r := records[p.id]; {
+		case r.Status == "attached":
+			if r.CgroupID != p.cgroupID || !slices.Contains(links, p.cgroupID) {
+				s.t.Errorf("attached without a link: %+v", r)
+			}
+		case r.Status == "", r.Status == "attaching", strings.HasPrefix(r.Reason, "busy: "):
+			late++
+		default:
+			s.t.Errorf("record %+v", r)
+		}
+	}
+	if late > len(pods)/5 {
+		s.t.Errorf("%d of %d pods are plain", late, len(pods))
+	}
+	for _, id := range links {
+		if !slices.ContainsFunc(s.records(), func(r record) bool { return r.CgroupID == id }) {
+			s.t.Errorf("the link of cgroup %d has no record", id)
+		}
+	}
+}
+
 // 100 ADDs and DELs at once, of pods that come and pods that go.
 func TestConcurrent(t *testing.T) {
 	s := newSite(t, options{})
+	s.ok(s.cli("load"))
 	going, coming := s.lightPods(50), s.lightPods(50)
 	var took slowest
 	atOnce := func(added, deleted []light) {
 		var wg sync.WaitGroup
 		for i := range added {
-			wg.Go(func() { s.wantLines(0, "", s.want(0, took.saw(s.run(added[i].call().add())))) })
+			wg.Go(func() { s.want(0, took.saw(s.run(added[i].call().add()))) })
 			if len(deleted) > 0 {
-				wg.Go(func() { s.wantLines(0, "", s.want(0, took.saw(s.run(deleted[i].call().del())))) })
+				wg.Go(func() { s.want(0, took.saw(s.run(deleted[i].call().del()))) })
 			}
 		}
 		wg.Wait()
-		var links []uint64
-		for _, p := range added {
-			s.wantRecord(p.id, "attached", "")
-			links = append(links, p.cgroupID)
-		}
-		s.wantLinks(links...)
+		s.wantMost(added)
 	}
 	atOnce(going, nil)
 	atOnce(coming, going)
@@ -78,24 +107,40 @@ func TestConcurrent(t *testing.T) {
 		wg.Go(func() { s.want(0, took.saw(s.run(p.call().del()))) })
 	}
 	wg.Wait()
-	records := map[string]record{}
 	var links []uint64
 	for _, r := range s.records() {
-		records[r.ContainerID] = r
 		links = append(links, r.CgroupID)
 	}
-	s.wantLinks(links...)
-	for _, p := range going {
-		if r, ok := records[p.id]; ok && (r.Status != "attached" || r.CgroupID != p.cgroupID) {
-			t.Errorf("record %+v", r)
+	for _, id := range s.links() {
+		if !slices.Contains(links, id) {
+			t.Errorf("the link of cgroup %d has no record", id)
 		}
+	}
+	for _, p := range slices.Concat(going, coming) {
 		s.want(0, s.run(p.call().del()))
 	}
 	took.within(t)
-	s.wantNothing()
-	if left := must(filepath.Glob(filepath.Join(s.RunDir, "*")))(t); len(left) > 4 {
+	if left := s.links(); len(left) > 5 { // of DELs that came too late
+		t.Errorf("links %v are left", left)
+	}
+	for _, p := range slices.Concat(going, coming) {
+		p.remove(t)
+	}
+	s.waitSwept()
+	if left := must(filepath.Glob(filepath.Join(s.RunDir, "*")))(t); len(left) > 5 {
 		t.Errorf("run directory: %v", left)
 	}
+}
+
+// waitSwept waits until GC has swept everything, which takes until the kernel has
+// released the cgroups that are gone.
+func (s *site) waitSwept() {
+	s.t.Helper()
+	wait(s.t, "everything is swept", func() (string, bool) {
+		s.gcAll()
+		left := s.leftovers()
+		return fmt.Sprint(left), len(left) == 0
+	})
 }
 
 // killedAt runs the call again and again, and kills it before the change by which
@@ -137,34 +182,38 @@ func TestAddKilled(t *testing.T) {
 	bystander, next, p := s.light(), s.light(), s.light()
 	s.want(0, s.run(bystander.call().add()))
 	keep := fmt.Sprintf(`"cni.dev/valid-attachments":[{"containerID":%q,"ifname":"eth0"}]`, bystander.id)
-	for name, repair := range map[string]func(*site){
-		"ADD": func(s *site) {
+	type repair struct {
+		stride int
+		f      func(*site)
+	}
+	for name, repair := range map[string]repair{
+		"ADD": {1, func(s *site) {
 			s.wantLines(0, "", s.want(0, s.run(p.call().add())))
 			s.wantRecord(p.id, "attached", "")
 			s.wantLinks(bystander.cgroupID, p.cgroupID)
 			s.want(0, s.run(p.call().check()))
 			s.want(0, s.run(p.call().del()))
-		},
-		"DEL": func(s *site) { s.wantLines(0, "", s.want(0, s.run(p.call().del()))) },
-		"GC":  func(s *site) { s.want(0, s.run(call{verb: "GC", members: keep})) },
-		"ADD of another pod": func(s *site) {
+		}},
+		"DEL": {1, func(s *site) { s.wantLines(0, "", s.want(0, s.run(p.call().del()))) }},
+		"GC":  {2, func(s *site) { s.want(0, s.run(call{verb: "GC", members: keep})) }},
+		"ADD of another pod": {3, func(s *site) {
 			s.want(0, s.run(next.call().add()))
 			s.wantRecord(next.id, "attached", "")
 			s.want(0, s.run(next.call().del()))
 			s.want(0, s.run(p.call().del()))
-		},
+		}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := s.in(t)
-			points := s.killedAt(1, p.call().add(), func(int) {}, func(int) {
-				repair(s)
+			points := s.killedAt(repair.stride, p.call().add(), func(int) {}, func(int) {
+				repair.f(s)
 				s.wantLinks(bystander.cgroupID)
 				s.wantRecord(bystander.id, "attached", "")
 			})
 			if points < 10 {
 				t.Errorf("only %d points", points)
 			}
-			t.Logf("killed at %d points", points)
+			t.Logf("killed at every change of %d, or every %d", points, repair.stride)
 			// What was half written is swept, not kept.
 			s.want(0, s.run(call{verb: "GC", members: keep}))
 			s.want(0, s.run(bystander.call().del()))
