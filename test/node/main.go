@@ -12,10 +12,12 @@ import (
 	"syscall"
 )
 
-const (
-	workerEnv   = "SKIPSTACK_NODE_WORKER"
-	programsEnv = "SKIPSTACK_NODE_PROGRAMS"
-)
+const workerEnv = "SKIPSTACK_NODE_WORKER"
+
+// ProgramsEnv is the environment variable that names the directory of the programs
+// in [MainOptions]. [Main] sets it, unless it is set: where nothing can be built,
+// somebody else has put them there.
+const ProgramsEnv = "SKIPSTACK_NODE_PROGRAMS"
 
 // A Worker is a function that a test runs as a process of its own, in a pod.
 type Worker func(args []string) (exit int)
@@ -58,13 +60,13 @@ func run(m interface{ Run() int }, o MainOptions) (int, error) {
 		ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 		defer stop()
 		env := os.Environ()
-		if len(o.Build)+len(o.Tools) > 0 {
+		if len(o.Build)+len(o.Tools) > 0 && ProgramDir() == "" {
 			dir, remove, err := buildPrograms(ctx, o)
 			if err != nil {
 				return 1, err
 			}
 			defer remove()
-			env = append(env, programsEnv+"="+dir)
+			env = append(env, ProgramsEnv+"="+dir)
 		}
 		return Isolate(ctx, Command{Args: os.Args[1:], Env: env, Stdin: os.Stdin, Stdout: os.Stdout, Stderr: os.Stderr})
 	}
@@ -132,8 +134,8 @@ func goCommand(ctx context.Context, args ...string) (string, error) {
 	return strings.TrimSpace(string(out)), nil
 }
 
-// ProgramDir is the directory of the programs that [Main] built; empty if it built none.
-func ProgramDir() string { return os.Getenv(programsEnv) }
+// ProgramDir is the directory of the programs in [MainOptions]; empty if there are none.
+func ProgramDir() string { return os.Getenv(ProgramsEnv) }
 
 // WorkerCommand makes the command that runs a worker of [MainOptions].
 func WorkerCommand(name string, args ...string) *exec.Cmd {

@@ -24,7 +24,8 @@ type judge struct {
 	output                  map[int]*bytes.Buffer
 	passed, failed, skipped int
 	problems                []error
-	booted                  string
+	booted                  string // the kernel's release
+	done                    int    // suites
 }
 
 func newJudge(p plan, out io.Writer, logs string, verbose bool) *judge {
@@ -48,17 +49,28 @@ func (j *judge) event(e job.Event) error {
 	}
 	if e.Kind == job.Output {
 		j.output[e.Run].WriteString(e.Text)
-		return nil
+		return j.log(j.plan.suites[e.Run], e.Text)
 	}
 	return j.ended(j.plan.suites[e.Run], e)
 }
 
-func (j *judge) ended(s suite, e job.Event) error {
-	output := j.output[e.Run].Bytes()
-	log := filepath.Join(j.logs, strings.NewReplacer("/", "-", " ", "-").Replace(s.name()))
-	if err := os.WriteFile(log, output, 0o644); err != nil {
+// log keeps what a suite says, as it comes.
+func (j *judge) log(s suite, text string) error {
+	name := filepath.Join(j.logs, strings.NewReplacer("/", "-", " ", "-").Replace(s.name()))
+	f, err := os.OpenFile(name, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o644)
+	if err != nil {
 		return err
 	}
+	if _, err := f.WriteString(text); err != nil {
+		f.Close()
+		return err
+	}
+	return f.Close()
+}
+
+func (j *judge) ended(s suite, e job.Event) error {
+	j.done++
+	output := j.output[e.Run].Bytes()
 	before := j.failed
 	var err error
 	if s.pkg == "" {
@@ -73,6 +85,9 @@ func (j *judge) ended(s suite, e job.Event) error {
 		err = errors.Join(err, fmt.Errorf("exit code %d", e.Exit))
 	}
 	fmt.Fprintf(j.out, "%-5s %s: %s %s\n", word(err), j.booted, s.name(), e.Took.Round(10*time.Millisecond))
+	if s.scaled != "" {
+		fmt.Fprintf(j.out, "      not all of it: %s\n", s.scaled)
+	}
 	if err != nil {
 		j.problems = append(j.problems, fmt.Errorf("%s: %w", s.name(), err))
 		if j.failed == before {
@@ -91,7 +106,13 @@ func (j *judge) count(err error) {
 }
 
 // close says what went wrong.
-func (j *judge) close() error { return errors.Join(j.problems...) }
+func (j *judge) close() error {
+	if n := len(j.plan.suites) - j.done; n > 0 {
+		j.problems = append(j.problems, fmt.Errorf("%d of %d suites did not end", n, len(j.plan.suites)))
+		j.failed += n
+	}
+	return errors.Join(j.problems...)
+}
 
 type testEvent struct{ Action, Test, Output string }
 

@@ -118,11 +118,16 @@ func (l *lab) prepare(ctx context.Context, plans []plan) (err error) {
 	return l.build(ctx, plans)
 }
 
-// build builds the first process and the test binaries, static.
+// build builds all programs and test binaries, static.
 func (l *lab) build(ctx context.Context, plans []plan) error {
 	bin := filepath.Join(l.cache, "bin")
 	if err := l.goTool(ctx, "build", "-o", filepath.Join(bin, "guest"), "./test/vm/guest"); err != nil {
 		return err
+	}
+	for _, p := range programs {
+		if err := l.goTool(ctx, "build", "-o", filepath.Join(bin, p.name), p.pkg); err != nil {
+			return err
+		}
 	}
 	done := map[string]bool{}
 	for _, p := range plans {

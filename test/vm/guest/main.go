@@ -143,7 +143,7 @@ func run(out *events, i int, r job.Run) job.Event {
 	e := job.Event{Kind: job.Ended, Run: i, Exit: -1}
 	cmd := exec.Command(r.Path, r.Args...)
 	cmd.Dir = r.Dir
-	cmd.Env = []string{"PATH=/bin", "HOME=/tmp", "TMPDIR=/tmp", "GOTRACEBACK=all"}
+	cmd.Env = append([]string{"PATH=/bin", "HOME=/tmp", "TMPDIR=/tmp", "GOTRACEBACK=all"}, r.Env...)
 	cmd.Stdout = runOutput{out, i}
 	cmd.Stderr = cmd.Stdout
 	cmd.WaitDelay = 10 * time.Second // for children that hold the pipe

@@ -24,6 +24,7 @@ type Run struct {
 	Path    string
 	Args    []string
 	Dir     string
+	Env     []string // besides a small environment of the guest's own
 	Timeout time.Duration
 }
 

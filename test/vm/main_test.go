@@ -1,0 +1,196 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"fmt"
+	"os"
+	"path/filepath"
+	"reflect"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+
+	"github.com/skipstack/skipstack/plugin/datapath"
+	"github.com/skipstack/skipstack/plugin/verdict"
+	"github.com/skipstack/skipstack/test/vm/job"
+)
+
+func TestParseSources(t *testing.T) {
+	for _, tc := range []struct {
+		name, path, text string
+		want             []sourceEntry
+	}{
+		{"one line", "sources.list", "# deb http://old.test/ a main\ndeb http://mirror.test/debian bookworm main contrib\n" +
+			"deb-src http://mirror.test/debian bookworm main\ndeb [arch=amd64 signed-by=/key.gpg] http://m2.test/d sid non-free main\n" +
+			"deb http://other.test/ stable other\n",
+			[]sourceEntry{
+				{source{"http://mirror.test/debian", ""}, []string{"bookworm"}},
+				{source{"http://m2.test/d", "/key.gpg"}, []string{"sid"}},
+			}},
+		{"deb822", "debian.sources", "Types: deb\n# why\nURIs: http://mirror.test/debian\nSuites: bookworm bookworm-updates\nComponents: main\n" +
+			"Signed-By: /key.gpg\n\nTypes: deb\nURIs: http://other.test/\nSuites: stable\nComponents: other\n",
+			[]sourceEntry{{source{"http://mirror.test/debian", "/key.gpg"}, []string{"bookworm", "bookworm-updates"}}}},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			if got := parseSources(tc.path, tc.text); !reflect.DeepEqual(got, tc.want) {
+				t.Errorf("%+v, want %+v", got, tc.want)
+			}
+		})
+	}
+}
+
+// TestArchive reads an archive as the kernel does.
+func TestArchive(t *testing.T) {
+	var b bytes.Buffer
+	a := newArchive(&b)
+	files := map[string]string{"init": "x", "a/b/four": "four", "a/b/empty": "", "a/five5": "five5"}
+	for _, name := range slices.Sorted(maps(files)) {
+		if err := a.file(name, 0o755, []byte(files[name])); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := a.close(); err != nil {
+		t.Fatal(err)
+	}
+	got, dirs := map[string]string{}, map[string]bool{".": true}
+	for data := b.Bytes(); ; {
+		field := func(i int) int {
+			n, err := strconv.ParseInt(string(data[6+8*i:14+8*i]), 16, 64)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return int(n)
+		}
+		if string(data[:6]) != "070701" {
+			t.Fatalf("no header at %q", data[:6])
+		}
+		name := string(data[110 : 110+field(11)-1])
+		if name == "TRAILER!!!" {
+			break
+		}
+		start := (110 + field(11) + 3) &^ 3
+		content := string(data[start : start+field(6)])
+		if !dirs[filepath.Dir(name)] {
+			t.Errorf("%s comes before its directory", name)
+		}
+		if field(1)&0o170000 == modeDir {
+			dirs[name] = true
+		} else {
+			got[name] = content
+		}
+		data = data[(start+len(content)+3)&^3:]
+	}
+	if !reflect.DeepEqual(got, files) {
+		t.Errorf("%q, want %q", got, files)
+	}
+}
+
+func maps(m map[string]string) func(func(string) bool) {
+	return func(yield func(string) bool) {
+		for k := range m {
+			if !yield(k) {
+				return
+			}
+		}
+	}
+}
+
+func TestComplaints(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "console")
+	healthy := "[    1.0] Linux version 6.1\n[    2.0] evm: HMAC attrs: 0x1\n[  161.6] hrtimer: interrupt took 21618370 ns\n"
+	for _, bad := range []string{
+		"[   12.1] WARNING: CPU: 0 PID: 77 at net/core/stream.c:217 sk_stream_kill_queues+0x57/0x60",
+		"[   12.1] BUG: kernel NULL pointer dereference, address: 0000000000000008",
+		"[   12.1] watchdog: BUG: soft lockup - CPU#1 stuck for 26s! [vm:77]",
+		"[   12.1] Oops: 0000 [#1] PREEMPT SMP NOPTI",
+		"[   12.1] rcu: INFO: rcu_preempt detected stalls on CPUs/tasks:",
+		"[   12.1] INFO: task datapath.test:90 blocked for more than 120 seconds.",
+		"[   12.1] Kernel panic - not syncing: Attempted to kill init!",
+		"[   12.1] refcount_t: underflow; use-after-free.",
+	} {
+		if err := os.WriteFile(path, []byte(healthy+bad+"\r\n"+healthy), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		got, err := complaints(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(got) != 1 || got[0] != bad {
+			t.Errorf("found %q, want %q", got, bad)
+		}
+	}
+}
+
+// TestRead wants every line to be an event.
+func TestRead(t *testing.T) {
+	var got []job.Event
+	collect := func(e job.Event) error { got = append(got, e); return nil }
+	if err := read(bufio.NewScanner(strings.NewReader(`{"Kind":"booted"}`+"\n"+`{"Kind":"done"}`+"\n")), collect); err != nil || len(got) != 2 {
+		t.Errorf("%v, %v", got, err)
+	}
+	if err := read(bufio.NewScanner(strings.NewReader(`{"Kind":"booted"}`+"\npanic: oh\n")), collect); err == nil {
+		t.Error("took a broken line")
+	}
+}
+
+// TestJudge gives verdicts on what a virtual machine could say.
+func TestJudge(t *testing.T) {
+	const (
+		passes = "=== RUN   TestA\n--- PASS: TestA (0.00s)\n"
+		fails  = "=== RUN   TestB\n    b_test.go:1: no\n--- FAIL: TestB (0.00s)\n"
+		skips  = "=== RUN   TestC\n    c_test.go:1: needs root\n--- SKIP: TestC (0.00s)\n"
+	)
+	tests := suite{pkg: "p", skips: map[string]string{"TestD": "why"}}
+	for name, tc := range map[string]struct {
+		suite  suite
+		output string
+		end    job.Event
+		counts [3]int // passed, failed, skipped
+		want   string // part of the problem, if there is one
+	}{
+		"passes":          {tests, passes + "PASS\n", job.Event{}, [3]int{1, 0, 0}, ""},
+		"fails":           {tests, passes + fails + "FAIL\n", job.Event{Exit: 1}, [3]int{1, 1, 0}, "failed: TestB"},
+		"skips":           {tests, passes + skips + "PASS\n", job.Event{}, [3]int{1, 1, 1}, "skipped without reason: TestC"},
+		"may skip":        {tests, passes + strings.ReplaceAll(skips, "TestC", "TestD") + "PASS\n", job.Event{}, [3]int{1, 0, 1}, ""},
+		"runs nothing":    {tests, "testing: warning: no tests to run\nPASS\n", job.Event{}, [3]int{0, 1, 0}, "no test ran"},
+		"leaves things":   {tests, passes + "PASS\nleft behind\n", job.Event{Exit: 1}, [3]int{1, 1, 0}, "exit code 1"},
+		"takes too long":  {tests, passes, job.Event{Exit: -1, TimedOut: true}, [3]int{0, 1, 0}, "stopped"},
+		"loads":           {loads, `{"Error":""}`, job.Event{}, [3]int{1, 0, 0}, ""},
+		"does not load":   {loads, `{"Error":"no"}`, job.Event{}, [3]int{0, 1, 0}, "does not load: no"},
+		"is refused":      {refused, `{"Error":"no compare-and-swap","Unsupported":true}`, job.Event{}, [3]int{1, 0, 0}, ""},
+		"loads, too new":  {refused, `{"Error":""}`, job.Event{}, [3]int{0, 1, 0}, "want one clear line"},
+		"refused vaguely": {refused, `{"Error":"EPERM"}`, job.Event{}, [3]int{0, 1, 0}, "want one clear line"},
+		"as expected":     {judged(verdict.Risky, datapath.RiskSplice), `{"Level":"risky","Risks":"splice"}`, job.Event{}, [3]int{1, 0, 0}, ""},
+		"other risks": {judged(verdict.Risky, datapath.RiskSplice), `{"Level":"risky","Risks":"splice, epoll"}`, job.Event{},
+			[3]int{0, 1, 0}, "want risky [splice]"},
+		"safe": {judged(verdict.Risky, datapath.RiskSplice), `{"Level":"safe"}`, job.Event{}, [3]int{0, 1, 0}, "want risky [splice]"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			var out strings.Builder
+			j := newJudge(plan{suites: []suite{tc.suite}}, &out, t.TempDir(), false)
+			half := len(tc.output) / 2
+			tc.end.Kind = job.Ended
+			for _, e := range []job.Event{
+				{Kind: job.Booted}, {Kind: job.Output, Text: tc.output[:half]}, {Kind: job.Output, Text: tc.output[half:]}, tc.end, {Kind: job.Done},
+			} {
+				if err := j.event(e); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if got := [3]int{j.passed, j.failed, j.skipped}; got != tc.counts {
+				t.Errorf("%v passed, failed and skipped, want %v", got, tc.counts)
+			}
+			if err := j.close(); (err != nil) != (tc.want != "") || err != nil && !strings.Contains(fmt.Sprint(err), tc.want) {
+				t.Errorf("%v, want %q", err, tc.want)
+			}
+		})
+	}
+	t.Run("silent", func(t *testing.T) {
+		j := newJudge(plan{suites: []suite{tests}}, &strings.Builder{}, t.TempDir(), false)
+		if err := j.close(); err == nil {
+			t.Error("nothing was reported, and that is fine")
+		}
+	})
+}
