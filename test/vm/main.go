@@ -39,7 +39,8 @@ func logf(format string, args ...any) {
 func run(ctx context.Context, args []string, out io.Writer) int {
 	flags := flag.NewFlagSet("vm", flag.ContinueOnError)
 	only := flags.String("kernel", "", "comma-separated kernels, such as 6.1; all if empty")
-	suites := flags.String("run", "", "only suites whose name matches this regular expression")
+	tests := flags.String("test", "", "only tests whose name matches this regular expression, as go test -run has it")
+	suites := flags.String("suite", "", "only suites whose name matches this regular expression")
 	cache := flags.String("cache", ".cache/vm", "where kernels and the emulator are kept")
 	verbose := flags.Bool("v", false, "print what passing tests say, too")
 	limit := flags.Duration("timeout", 30*time.Minute, "how long one kernel may take")
@@ -51,7 +52,7 @@ func run(ctx context.Context, args []string, out io.Writer) int {
 		logf("%v", err)
 		return 2
 	}
-	plans, err := choose(*only, match)
+	plans, err := choose(*only, match, *tests)
 	if err != nil {
 		logf("%v", err)
 		return 2

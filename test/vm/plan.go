@@ -53,7 +53,7 @@ const programDir = "/programs"
 // modules are what a node has loaded, as far as tests use it.
 var modules = []string{
 	"veth", "tun", "bridge", "br_netfilter", "overlay",
-	"nf_tables", "nft_chain_nat", "nft_nat", "nft_masq", "nft_redir", "nft_ct", "nft_reject_inet", "nft_fib_inet",
+	"nf_tables", "nft_chain_nat", "nft_nat", "nft_masq", "nft_redir", "nft_ct", "nft_reject_inet", "nft_fib_inet", "nft_numgen",
 }
 
 const (
@@ -132,13 +132,16 @@ func (s suite) name() string {
 }
 
 // choose returns the plans for the kernels, and of those the suites whose name
-// matches.
-func choose(only string, match *regexp.Regexp) ([]plan, error) {
+// matches. If tests is not empty, they are the tests to run in each suite.
+func choose(only string, match *regexp.Regexp, tests string) ([]plan, error) {
 	all := make([]plan, len(plans))
 	for i, p := range plans {
 		all[i].kernel = p.kernel
 		for _, s := range p.suites {
 			if match.MatchString(s.name()) {
+				if tests != "" {
+					s.only, s.skip, s.scaled = tests, "", "only "+tests
+				}
 				all[i].suites = append(all[i].suites, s)
 			}
 		}
