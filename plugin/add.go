@@ -155,6 +155,7 @@ type job struct {
 	record attachment.Record
 	podUID string
 	notes  []note
+	probed bool   // a moment ago, in vain
 	plain  string // why the pod is plain although it is attached
 }
 
@@ -268,8 +269,8 @@ func (j *job) open(ctx context.Context) (Set, *Verdict, error) {
 	return set, verdict, nil
 }
 
-// verdict returns nil where there is none yet, and an error where it says that
-// the datapath must not be used.
+// verdict returns nil where the kernel has not been judged yet, and an error where
+// the verdict says that the datapath must not be used.
 func (j *job) verdict() (*Verdict, error) {
 	v, err := j.p.Verdicts.Cached(j.conf.RunDir)
 	if errors.Is(err, ErrNoVerdict) {
@@ -279,8 +280,15 @@ func (j *job) verdict() (*Verdict, error) {
 		j.notes = append(j.notes, note{"verdict", "the kernel is probed again: its verdict cannot be read", err})
 		return nil, nil
 	}
-	if !v.Supported {
-		return nil, fmt.Errorf("%w: %s", datapath.ErrUnsupported, v.Summary)
+	if v.Inconclusive() {
+		// It lapses after a minute. The next ADD then has it tried again; this
+		// pod is accelerated with the others once that has told.
+		j.probed = true
+		j.notes = append(j.notes, note{"verdict", "pods stay plain until the kernel is judged", v.Unfit()})
+		return nil, nil
+	}
+	if err := v.Unfit(); err != nil {
+		return nil, err
 	}
 	return &v, nil
 }
@@ -294,6 +302,9 @@ func (j *job) compareSize(set Set) {
 
 // startProber cannot fail an ADD: the next one tries again.
 func (j *job) startProber(load bool) {
+	if j.probed {
+		return
+	}
 	if err := j.p.Prober.Start(j.conf, load); err != nil {
 		j.notes = append(j.notes, note{"prober", "the kernel cannot be probed, so pods stay plain: run `skipstack load`", err})
 	}

@@ -251,6 +251,21 @@ func TestAddNodeGate(t *testing.T) {
 			t.Errorf("calls %v, prober %v", b.datapath.calls, b.prober.starts)
 		}
 	})
+	t.Run("inconclusive", func(t *testing.T) {
+		b := newBench(t)
+		b.verdicts.cached = inconclusive()
+		b.mustAdd(request{conf: `"onError":"fail"`})
+		b.wantLinks(101)
+		b.wantLines(1, "could not be judged")
+		if b.datapath.node.Open || len(b.prober.starts) != 0 {
+			t.Errorf("gate %+v, prober %v", b.datapath.node, b.prober.starts)
+		}
+		b.verdicts.cached = nil // it has lapsed
+		b.mustAdd(request{container: "c2", cgroup: "pod-b"})
+		if !reflect.DeepEqual(b.prober.starts, []bool{false}) {
+			t.Errorf("prober %v", b.prober.starts)
+		}
+	})
 	t.Run("prober does not start", func(t *testing.T) {
 		b := newBench(t)
 		b.verdicts.cached, b.prober.err = nil, errors.New("fork: EAGAIN")

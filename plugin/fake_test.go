@@ -23,6 +23,7 @@ import (
 	"github.com/skipstack/skipstack/plugin/attachment"
 	"github.com/skipstack/skipstack/plugin/datapath"
 	"github.com/skipstack/skipstack/plugin/podcgroup"
+	"github.com/skipstack/skipstack/plugin/verdict"
 )
 
 // fakeDatapath keeps in maps what package datapath keeps in the kernel.
@@ -310,6 +311,12 @@ func (p *fakeProber) Start(_ Config, load bool) error {
 const ampleBudget = 10 * time.Second
 
 // safe is the verdict of a kernel without fault.
+// inconclusive is the verdict on a kernel while the machine is too busy to tell.
+func inconclusive() *Verdict {
+	return &Verdict{Document: &verdict.Verdict{Level: verdict.Unsupported,
+		Probes: []verdict.Probe{{Name: verdict.ProbeOrder, Result: verdict.CouldNotTell}}}}
+}
+
 func safe() *Verdict { return &Verdict{Supported: true, Node: datapath.NodeSettings{Open: true}} }
 
 // bench is one node with fakes for everything but the records, which are real.

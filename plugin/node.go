@@ -153,10 +153,11 @@ func (n *Node) Probe(ctx context.Context, conf Config, load bool, held *os.File)
 	return v, n.apply(ctx, conf, set, v)
 }
 
-// verdict returns the cached verdict or probes. The probe lock is held.
+// verdict returns the cached verdict or probes: without one, and where the last
+// probe could not tell, which may go better now. The probe lock is held.
 func (n *Node) verdict(ctx context.Context, conf Config) (Verdict, error) {
 	v, err := n.Verdicts.Cached(conf.RunDir)
-	if err == nil {
+	if err == nil && !v.Inconclusive() {
 		return v, nil
 	}
 	return n.Verdicts.Probe(ctx, conf)

@@ -126,9 +126,13 @@ func TestProbe(t *testing.T) {
 	if !b.datapath.node.Open || b.verdicts.probes != 1 {
 		t.Errorf("gate %+v after %d probes", b.datapath.node, b.verdicts.probes)
 	}
-	// A second prober finds the verdict.
+	// A second prober finds the verdict, unless it is worth another try.
 	if _, err := b.node().Probe(t.Context(), b.config(), false, nil); err != nil || b.verdicts.probes != 1 {
 		t.Errorf("error %v, %d probes", err, b.verdicts.probes)
+	}
+	b.verdicts.cached = inconclusive()
+	if v, err := b.node().Probe(t.Context(), b.config(), false, nil); err != nil || !v.Supported || b.verdicts.probes != 2 {
+		t.Errorf("verdict %+v, error %v, %d probes", v, err, b.verdicts.probes)
 	}
 
 	// Unloaded meanwhile: it stays so, unless an ADD could not load it.

@@ -3,7 +3,6 @@ package plugin
 import (
 	"context"
 	"errors"
-	"fmt"
 
 	"github.com/containernetworking/cni/pkg/skel"
 	"github.com/containernetworking/cni/pkg/types"
@@ -68,8 +67,5 @@ func (p *Plugin) status(ctx context.Context, conf Config, confErr error) error {
 	if err != nil {
 		return err
 	}
-	if !v.Supported {
-		return fmt.Errorf("%w: %s", datapath.ErrUnsupported, v.Summary)
-	}
-	return nil
+	return v.Unfit()
 }

@@ -93,6 +93,18 @@ func (v Verdict) Inconclusive() bool {
 	return ok && d.Inconclusive()
 }
 
+// Unfit returns nil if the datapath may be used on this kernel. The error wraps
+// [datapath.ErrUnsupported] unless the verdict is inconclusive.
+func (v Verdict) Unfit() error {
+	switch {
+	case v.Supported:
+		return nil
+	case v.Inconclusive():
+		return fmt.Errorf("the kernel could not be judged, which will be tried again: %s", v.Summary)
+	}
+	return fmt.Errorf("%w: %s", datapath.ErrUnsupported, v.Summary)
+}
+
 // kernel is package datapath as a [Datapath].
 type kernel struct{}
 

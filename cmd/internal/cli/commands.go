@@ -11,7 +11,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/skipstack/skipstack/plugin"
-	"github.com/skipstack/skipstack/plugin/datapath"
 )
 
 func (c *cli) load() *cobra.Command {
@@ -28,8 +27,8 @@ It mounts a BPF file system where there is none.`, true,
 				return err
 			}
 			var unfit error
-			if !got.Verdict.Supported {
-				unfit = fmt.Errorf("%w, pods stay plain: %s", datapath.ErrUnsupported, got.Verdict.Summary)
+			if err := got.Verdict.Unfit(); err != nil {
+				unfit = fmt.Errorf("pods stay plain: %w", err)
 			}
 			if asJSON {
 				return errors.Join(c.printJSON(struct {
