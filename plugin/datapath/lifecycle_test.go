@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/skipstack/skipstack/bpf"
+	"github.com/skipstack/skipstack/test/node"
 )
 
 // newBPFFS mounts a BPF file system that is unmounted with the test, and fails
@@ -357,6 +358,12 @@ func TestSettingsRoundTrip(t *testing.T) {
 
 func TestSwitchNodeReachesSetsWithoutPins(t *testing.T) {
 	bpffs := newBPFFS(t)
+	restore := node.OtherSwitches(0)
+	t.Cleanup(func() {
+		if err := restore(); err != nil {
+			t.Error(err)
+		}
+	})
 	s := mustLoad(t, bpffs)
 	off := func() bool {
 		n, err := s.Node()

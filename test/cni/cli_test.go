@@ -15,9 +15,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/cilium/ebpf"
-
-	"github.com/skipstack/skipstack/bpf"
 	"github.com/skipstack/skipstack/plugin/datapath"
 	"github.com/skipstack/skipstack/test/datapath/traffic"
 	"github.com/skipstack/skipstack/test/node"
@@ -242,40 +239,12 @@ func TestLoad(t *testing.T) {
 	s.wantCLI(2, "", "Run 'skipstack", s.bare("nonsense"))
 }
 
-// keepSwitches puts the switches of other datapaths in the kernel back at the
-// test's end: `skipstack off` reaches those too, a node's own perhaps.
-func keepSwitches(t *testing.T) {
-	t.Helper()
-	off, generation := bpf.DatapathSwitchSlotSWITCH_OFF, bpf.DatapathSwitchSlotSWITCH_GENERATION
-	type kept struct {
-		m     *ebpf.Map
-		value uint32
-	}
-	var all []kept
-	for id, err := ebpf.MapGetNextID(0); err == nil; id, err = ebpf.MapGetNextID(id) {
-		m, err := ebpf.NewMapFromID(id)
-		if err != nil {
-			continue
-		}
-		var value uint32
-		if info, err := m.Info(); err == nil && strings.HasPrefix("skipstack_switch", info.Name) && len(info.Name) == 15 && m.Lookup(off, &value) == nil {
-			all = append(all, kept{m, value})
-		} else {
-			m.Close()
-		}
-	}
-	t.Cleanup(func() {
-		for _, k := range all {
-			check(t, errors.Join(k.m.Put(off, k.value), k.m.Put(generation, rand.Uint32()), k.m.Close()))
-		}
-	})
-}
-
 // Switching off and on, for the node and for a pod, acts on live connections at
 // once, and loses nothing.
 func TestSwitch(t *testing.T) {
 	node.Need(t)
-	keepSwitches(t)
+	restore := node.OtherSwitches(0) // `off` reaches those too
+	t.Cleanup(func() { check(t, restore()) })
 	s := newSite(t, options{})
 	list := s.network(node.Network{})
 	client, server := s.twoPods(list, node.PodOptions{})

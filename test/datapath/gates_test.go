@@ -15,6 +15,7 @@ import (
 	"github.com/skipstack/skipstack/bpf"
 	"github.com/skipstack/skipstack/plugin/datapath"
 	"github.com/skipstack/skipstack/test/datapath/traffic"
+	"github.com/skipstack/skipstack/test/node"
 )
 
 // A flow is traffic over some connections between two pods.
@@ -516,9 +517,9 @@ func TestSwitchWithoutPins(t *testing.T) {
 		if n := byTCP() - before; n != 0 {
 			t.Errorf("%d bytes went by TCP after the pins were gone", n)
 		}
-		restore := otherSwitches(t, own)
+		restore := node.OtherSwitches(own)
 		sets, err := datapath.SwitchNode(l.node.BPFFS, true)
-		restore()
+		check(t, restore())
 		if err != nil || sets < 1 {
 			t.Fatalf("switched %d sets off: %v", sets, err)
 		}
@@ -538,9 +539,9 @@ func TestSwitchNode(t *testing.T) {
 	client, server := l.pod("client", enabled), l.pod("server", enabled)
 	f := l.flow(client, server)
 	f.redirects()
-	restore := otherSwitches(t, mapID(t, l.pin("skipstack_switch")))
+	restore := node.OtherSwitches(mapID(t, l.pin("skipstack_switch")))
 	must(datapath.SwitchNode(l.node.BPFFS, true))(t)
-	restore()
+	check(t, restore())
 	f.plain()
 	if n := must(l.set.Node())(t); !n.SwitchedOff {
 		t.Errorf("the node is not switched off: %+v", n)
@@ -561,38 +562,4 @@ func mapID(t *testing.T, pin string) ebpf.MapID {
 		t.Fatal("the kernel does not tell a map's id")
 	}
 	return id
-}
-
-// otherSwitches returns what brings every switch in the kernel but one to where
-// it is now: other tests may be running on the machine.
-func otherSwitches(t *testing.T, own ebpf.MapID) (restore func()) {
-	t.Helper()
-	info := must(ebpf.NewMapFromID(own))(t)
-	name := must(info.Info())(t).Name
-	info.Close()
-	on := map[ebpf.MapID]bool{}
-	each := func(f func(id ebpf.MapID, m *ebpf.Map)) {
-		for id, err := ebpf.MapGetNextID(0); err == nil; id, err = ebpf.MapGetNextID(id) {
-			m, err := ebpf.NewMapFromID(id)
-			if err != nil {
-				continue
-			}
-			if i, err := m.Info(); err == nil && i.Name == name && id != own {
-				f(id, m)
-			}
-			m.Close()
-		}
-	}
-	each(func(id ebpf.MapID, m *ebpf.Map) {
-		var off uint32
-		on[id] = m.Lookup(bpf.DatapathSwitchSlotSWITCH_OFF, &off) == nil && off == 0
-	})
-	return func() {
-		each(func(id ebpf.MapID, m *ebpf.Map) {
-			if on[id] {
-				check(t, m.Put(bpf.DatapathSwitchSlotSWITCH_OFF, uint32(0)))
-				check(t, m.Put(bpf.DatapathSwitchSlotSWITCH_GENERATION, rand.Uint32()))
-			}
-		})
-	}
 }
