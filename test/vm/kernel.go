@@ -13,6 +13,8 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+
+	"github.com/skipstack/skipstack/test/debian"
 )
 
 // A kernelTree is an unpacked Debian cloud kernel.
@@ -25,28 +27,28 @@ type kernelTree struct {
 
 // fetchKernel returns the newest Debian cloud kernel of a series such as 6.1, or
 // of a major version. One that was fetched before is used as it is.
-func fetchKernel(ctx context.Context, cache string, a *apt, series string) (*kernelTree, error) {
+func fetchKernel(ctx context.Context, cache string, a *debian.APT, series string) (*kernelTree, error) {
 	dir := filepath.Join(cache, "kernel-"+series)
 	if k, err := openKernel(dir); err == nil {
 		return k, nil
 	} else if !errors.Is(err, fs.ErrNotExist) {
 		return nil, err
 	}
-	if err := a.update(ctx); err != nil {
+	if err := a.Update(ctx); err != nil {
 		return nil, err
 	}
 	// The first has the image up to 6.18, the others since.
 	const suffix = `[.].*-cloud-amd64$`
-	best, err := a.newest(ctx, "^linux-(image|binary)-"+regexp.QuoteMeta(series)+suffix)
+	best, err := a.Newest(ctx, "^linux-(image|binary)-"+regexp.QuoteMeta(series)+suffix)
 	if err != nil {
 		return nil, err
 	}
-	release := strings.TrimPrefix(strings.TrimPrefix(best.pkg, "linux-image-"), "linux-binary-")
-	found, err := a.search(ctx, "^linux-(image|binary|modules)-"+regexp.QuoteMeta(release)+"$")
+	release := strings.TrimPrefix(strings.TrimPrefix(best.Package, "linux-image-"), "linux-binary-")
+	found, err := a.Search(ctx, "^linux-(image|binary|modules)-"+regexp.QuoteMeta(release)+"$")
 	if err != nil {
 		return nil, err
 	}
-	if err := a.unpack(ctx, dir, found); err != nil {
+	if err := a.Unpack(ctx, dir, found); err != nil {
 		return nil, err
 	}
 	return openKernel(dir)

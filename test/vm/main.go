@@ -24,6 +24,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"github.com/skipstack/skipstack/test/debian"
 )
 
 func main() {
@@ -105,14 +107,14 @@ type lab struct {
 	out     io.Writer
 	verbose bool
 	limit   time.Duration
-	apt     *apt
+	apt     *debian.APT
 	qemu    *qemu
 }
 
 func (l *lab) prepare(ctx context.Context, plans []plan) (err error) {
 	ctx, cancel := context.WithTimeout(ctx, 15*time.Minute)
 	defer cancel()
-	l.apt = &apt{dir: filepath.Join(l.cache, "apt")}
+	l.apt = &debian.APT{Dir: filepath.Join(l.cache, "apt"), Logf: logf}
 	if l.qemu, err = fetchQEMU(ctx, l.cache, l.apt); err != nil {
 		return fmt.Errorf("get an emulator: %w", err)
 	}

@@ -16,6 +16,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/skipstack/skipstack/test/debian"
 	"github.com/skipstack/skipstack/test/vm/job"
 )
 
@@ -48,7 +49,7 @@ func (q *qemu) works(ctx context.Context) bool {
 
 // fetchQEMU finds the machine's own emulator or, if that is missing or too old,
 // unpacks one into the cache.
-func fetchQEMU(ctx context.Context, cache string, a *apt) (*qemu, error) {
+func fetchQEMU(ctx context.Context, cache string, a *debian.APT) (*qemu, error) {
 	if path, err := exec.LookPath("qemu-system-x86_64"); err == nil {
 		if q := (&qemu{path: path, env: os.Environ()}); q.works(ctx) {
 			return q, nil
@@ -65,24 +66,11 @@ func fetchQEMU(ctx context.Context, cache string, a *apt) (*qemu, error) {
 	if q.works(ctx) {
 		return q, nil
 	}
-	if err := a.update(ctx); err != nil {
-		return nil, err
-	}
-	codename, _, _, err := machineSources()
+	packages, err := a.Missing(ctx, true, "qemu-system-x86")
 	if err != nil {
 		return nil, err
 	}
-	// What would be installed besides: the libraries that the machine lacks.
-	out, err := a.run(ctx, "", "own.list", "apt-get", "install", "--simulate", "--no-install-recommends",
-		"--target-release", codename+"-backports", "qemu-system-x86")
-	if err != nil {
-		return nil, err
-	}
-	var packages []string
-	for _, m := range regexp.MustCompile(`(?m)^Inst (\S+) (?:\[\S+\] )?\((\S+) `).FindAllStringSubmatch(string(out), -1) {
-		packages = append(packages, m[1]+"="+m[2])
-	}
-	if err := a.unpack(ctx, dir, packages); err != nil {
+	if err := a.Unpack(ctx, dir, packages); err != nil {
 		return nil, err
 	}
 	if !q.works(ctx) {

@@ -1,4 +1,7 @@
-package main
+// Package debian fetches Debian packages for tests that need a program or kernel
+// that the machine may lack, without touching what is installed: a private apt,
+// with the machine's own mirrors as sources.
+package debian
 
 import (
 	"bytes"
@@ -13,15 +16,22 @@ import (
 	"strings"
 )
 
-// suites are looked through for kernels; of QEMU only the machine's own release
-// and its backports will do.
+// suites are looked through for packages that run on any of them, such as kernels
+// and static programs; the others must be of the machine's own release.
 var suites = []string{"bullseye", "bookworm", "trixie", "trixie-backports", "sid"}
 
-// apt is a private apt: its sources, lists and downloads are below dir, and the
+// APT is a private apt: its sources, lists and downloads are below Dir, and the
 // machine's own are not touched.
-type apt struct {
-	dir     string
+type APT struct {
+	Dir     string
+	Logf    func(format string, args ...any) // progress; nil: none
 	updated bool
+}
+
+func (a *APT) logf(format string, args ...any) {
+	if a.Logf != nil {
+		a.Logf(format, args...)
+	}
 }
 
 // source is where the machine itself gets packages from.
@@ -36,7 +46,7 @@ func machineSources() (codename string, main, security source, err error) {
 	}
 	m := regexp.MustCompile(`(?m)^VERSION_CODENAME="?(\w+)"?$`).FindSubmatch(release)
 	if m == nil || !bytes.Contains(release, []byte("ID=debian")) {
-		return "", main, security, errors.New("kernels are installed through apt: this needs a Debian machine")
+		return "", main, security, errors.New("packages come through apt: this needs a Debian machine")
 	}
 	codename = string(m[1])
 	files, err := filepath.Glob("/etc/apt/sources.list.d/*")
@@ -98,8 +108,8 @@ func parseSources(path, text string) (entries []sourceEntry) {
 	return entries
 }
 
-// update fetches package lists, once.
-func (a *apt) update(ctx context.Context) error {
+// Update fetches package lists, once.
+func (a *APT) Update(ctx context.Context) error {
 	if a.updated {
 		return nil
 	}
@@ -108,7 +118,7 @@ func (a *apt) update(ctx context.Context) error {
 		return err
 	}
 	for _, d := range []string{"lists/partial", "archives/partial"} {
-		if err := os.MkdirAll(filepath.Join(a.dir, d), 0o755); err != nil {
+		if err := os.MkdirAll(filepath.Join(a.Dir, d), 0o755); err != nil {
 			return err
 		}
 	}
@@ -135,27 +145,27 @@ func (a *apt) update(ctx context.Context) error {
 		line(&all, mirror, codename+"-backports")
 	}
 	for name, text := range map[string]string{"all.list": all.String(), "own.list": own.String()} {
-		if err := os.WriteFile(filepath.Join(a.dir, name), []byte(text), 0o644); err != nil {
+		if err := os.WriteFile(filepath.Join(a.Dir, name), []byte(text), 0o644); err != nil {
 			return err
 		}
 	}
-	logf("reading package lists")
+	a.logf("reading package lists")
 	// A suite that is not served any more matters only if a package is missed.
 	if _, err := a.run(ctx, "", "all.list", "apt-get", "update"); err != nil {
-		logf("%v", err)
+		a.logf("%v", err)
 	}
 	a.updated = true
 	return nil
 }
 
-func (a *apt) run(ctx context.Context, cwd, list, program string, args ...string) ([]byte, error) {
+func (a *APT) run(ctx context.Context, cwd, list, program string, args ...string) ([]byte, error) {
 	options := []string{
 		"-q",
-		"-o", "Dir::Etc::sourcelist=" + filepath.Join(a.dir, list),
+		"-o", "Dir::Etc::sourcelist=" + filepath.Join(a.Dir, list),
 		"-o", "Dir::Etc::sourceparts=/dev/null",
 		"-o", "Dir::Etc::preferencesparts=/dev/null",
-		"-o", "Dir::State::lists=" + filepath.Join(a.dir, "lists"),
-		"-o", "Dir::Cache=" + a.dir,
+		"-o", "Dir::State::lists=" + filepath.Join(a.Dir, "lists"),
+		"-o", "Dir::Cache=" + a.Dir,
 		"-o", "Acquire::Languages=none",
 		"-o", "Acquire::IndexTargets::deb::DEP-11::DefaultEnabled=false",
 		"-o", "Acquire::Retries=3",
@@ -171,9 +181,9 @@ func (a *apt) run(ctx context.Context, cwd, list, program string, args ...string
 	return out.Bytes(), nil
 }
 
-// unpack downloads packages and unpacks them into dir, which then holds all of
-// them or does not exist.
-func (a *apt) unpack(ctx context.Context, dir string, packages []string) error {
+// Unpack downloads packages (NAME or NAME=VERSION) and unpacks them into dir, which
+// then holds all of them or does not exist.
+func (a *APT) Unpack(ctx context.Context, dir string, packages []string) error {
 	tmp, err := os.MkdirTemp(filepath.Dir(dir), filepath.Base(dir)+".tmp-")
 	if err != nil {
 		return err
@@ -185,7 +195,7 @@ func (a *apt) unpack(ctx context.Context, dir string, packages []string) error {
 			return err
 		}
 	}
-	logf("downloading %s", strings.Join(packages, " "))
+	a.logf("downloading %s", strings.Join(packages, " "))
 	if _, err := a.run(ctx, debs, "all.list", "apt-get", append([]string{"download"}, packages...)...); err != nil {
 		return err
 	}
@@ -204,8 +214,8 @@ func (a *apt) unpack(ctx context.Context, dir string, packages []string) error {
 	return os.Rename(root, dir)
 }
 
-// search lists the packages whose name matches.
-func (a *apt) search(ctx context.Context, pattern string) ([]string, error) {
+// Search lists the packages whose name matches.
+func (a *APT) Search(ctx context.Context, pattern string) ([]string, error) {
 	out, err := a.run(ctx, "", "all.list", "apt-cache", "search", "--names-only", pattern)
 	if err != nil {
 		return nil, err
@@ -220,28 +230,57 @@ func (a *apt) search(ctx context.Context, pattern string) ([]string, error) {
 	return names, nil
 }
 
-type candidate struct{ pkg, version string }
+// Candidate is a package that can be had.
+type Candidate struct{ Package, Version string }
 
-// newest returns the newest of the packages whose name matches.
-func (a *apt) newest(ctx context.Context, pattern string) (candidate, error) {
-	names, err := a.search(ctx, pattern)
+// Newest returns the newest of the packages whose name matches.
+func (a *APT) Newest(ctx context.Context, pattern string) (Candidate, error) {
+	names, err := a.Search(ctx, pattern)
 	if err != nil {
-		return candidate{}, err
+		return Candidate{}, err
 	}
 	out, err := a.run(ctx, "", "all.list", "apt-cache", append([]string{"madison"}, names...)...)
 	if err != nil {
-		return candidate{}, err
+		return Candidate{}, err
 	}
-	var best candidate
+	var best Candidate
 	for line := range strings.Lines(string(out)) {
 		f := strings.Split(line, "|")
 		if len(f) < 3 {
 			continue
 		}
-		c := candidate{strings.TrimSpace(f[0]), strings.TrimSpace(f[1])}
-		if best.pkg == "" || exec.CommandContext(ctx, "dpkg", "--compare-versions", c.version, "gt", best.version).Run() == nil {
+		c := Candidate{strings.TrimSpace(f[0]), strings.TrimSpace(f[1])}
+		if best.Package == "" || exec.CommandContext(ctx, "dpkg", "--compare-versions", c.Version, "gt", best.Version).Run() == nil {
 			best = c
 		}
 	}
 	return best, nil
 }
+
+// Missing lists the packages that installing the given ones would add to the
+// machine, as NAME=VERSION: themselves, and what they depend on. They are of the
+// machine's own release, or its backports if asked.
+func (a *APT) Missing(ctx context.Context, backports bool, packages ...string) ([]string, error) {
+	if err := a.Update(ctx); err != nil {
+		return nil, err
+	}
+	target, _, _, err := machineSources()
+	if err != nil {
+		return nil, err
+	}
+	if backports {
+		target += "-backports"
+	}
+	out, err := a.run(ctx, "", "own.list", "apt-get", append([]string{"install", "--simulate", "--no-install-recommends",
+		"--target-release", target}, packages...)...)
+	if err != nil {
+		return nil, err
+	}
+	var missing []string
+	for _, m := range installed.FindAllStringSubmatch(string(out), -1) {
+		missing = append(missing, m[1]+"="+m[2])
+	}
+	return missing, nil
+}
+
+var installed = regexp.MustCompile(`(?m)^Inst (\S+) (?:\[\S+\] )?\((\S+) `)
