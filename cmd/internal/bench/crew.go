@@ -46,10 +46,17 @@ func (r role) String() string {
 type remote struct {
 	role   role
 	orders *json.Encoder
-	in     *os.File
-	out    *os.File
+	in     io.Closer
+	out    replies
 	reply  *json.Decoder
 	wait   func() error
+	stamp  func(*order) // completes an order with what only the site knows; may be nil
+}
+
+// replies is where a worker's replies come from.
+type replies interface {
+	io.Closer
+	SetReadDeadline(time.Time) error
 }
 
 // newRemote starts a worker by start, which gets the command with its streams set.
@@ -72,10 +79,16 @@ func newRemote(r role, cmd *exec.Cmd, start func(*exec.Cmd) (wait func() error, 
 		replyRead.Close()
 		return nil, err
 	}
-	return &remote{r, json.NewEncoder(ordersWrite), ordersWrite, replyRead, json.NewDecoder(replyRead), wait}, nil
+	return &remote{
+		role: r, orders: json.NewEncoder(ordersWrite), in: ordersWrite,
+		out: replyRead, reply: json.NewDecoder(replyRead), wait: wait,
+	}, nil
 }
 
 func (r *remote) send(o order) error {
+	if r.stamp != nil {
+		r.stamp(&o)
+	}
 	if err := r.orders.Encode(o); err != nil {
 		return fmt.Errorf("worker %s: %w", r.role, err)
 	}

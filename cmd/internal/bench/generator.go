@@ -67,6 +67,7 @@ type generator struct {
 	verify      bool // the verification pass instead of the point's test
 	warmUp      time.Duration
 	length      time.Duration
+	token       []byte        // connections begin with it; in a crr run it is part of the request
 	opened      chan<- window // gets the window when it is known; has room for it
 	tally       tally
 
@@ -121,6 +122,9 @@ func (g *generator) connect(server netip.AddrPort) (*socket, error) {
 	}
 	if err == nil {
 		err = s.connect(sockaddr(server))
+	}
+	if err == nil && len(g.token) > 0 && !g.tokenInRequest() {
+		err = s.send(g.token)
 	}
 	if err != nil {
 		s.close()
@@ -180,6 +184,7 @@ func (g *generator) requestResponse(s *socket) error {
 
 func (g *generator) connectRequestResponse(server netip.AddrPort) error {
 	request, response := make([]byte, g.point.RequestBytes), make([]byte, g.point.ResponseBytes)
+	copy(request, g.token)
 	g.tally.Latency = newHistogram()
 	for before := g.now(); ; {
 		s, err := g.connect(server)
@@ -223,13 +228,6 @@ func (g *generator) streamOut(s *socket) error {
 
 // server serves connections one after the other until the listener is shut down.
 func (g *generator) server(l *socket) error {
-	serve := g.respond
-	switch {
-	case g.verify:
-		serve = func(s *socket) error { return verify(s, false) }
-	case g.point.Test == Stream:
-		serve = g.streamIn
-	}
 	for {
 		s, err := l.accept()
 		if errors.Is(err, errStopped) {
@@ -238,13 +236,26 @@ func (g *generator) server(l *socket) error {
 		if err != nil {
 			return err
 		}
-		g.open()
-		err = errors.Join(serve(s), g.tally.add(s, g.point.Test != ConnectRequestResponse || g.tally.Conns%tcpInfoEvery == 0))
-		s.close()
-		if err != nil {
+		if err := g.serve(s, g.respond); err != nil {
 			return err
 		}
 	}
+}
+
+// serve serves one connection and closes it; respond serves one of rr and crr.
+func (g *generator) serve(s *socket, respond func(*socket) error) error {
+	defer s.close()
+	g.open()
+	var err error
+	switch {
+	case g.verify:
+		err = verify(s, false)
+	case g.point.Test == Stream:
+		err = g.streamIn(s)
+	default:
+		err = respond(s)
+	}
+	return errors.Join(err, g.tally.add(s, g.point.Test != ConnectRequestResponse || g.tally.Conns%tcpInfoEvery == 0))
 }
 
 // respond answers requests until the client has ended the stream.

@@ -51,6 +51,31 @@ type runner struct {
 	parameters Parameters
 	cpus       []int // that may be used
 	log        io.Writer
+	rules      *rules // nil: counterRules
+}
+
+// rules judge what a run gave, by what a site can know.
+type rules struct {
+	// late says that the connection of a run stayed plain as its client was kept from
+	// the handshake for too long.
+	late func(p Point, accelerated bool, m measured, counted datapath.Counters) bool
+	// prove judges a point. The reason is empty unless the proof failed.
+	prove func(p Point, plain, accelerated *Evidence) (Proof, string)
+}
+
+// counterRules judge by the datapath's counters.
+var counterRules = &rules{
+	late: func(p Point, _ bool, _ measured, counted datapath.Counters) bool {
+		return p.Test != ConnectRequestResponse && counted.Connections[lateClaim] > 0
+	},
+	prove: func(_ Point, plain, accelerated *Evidence) (Proof, string) { return prove(plain, accelerated) },
+}
+
+func (r *runner) judge() *rules {
+	if r.rules == nil {
+		return counterRules
+	}
+	return r.rules
 }
 
 // allowedCPUs lists the CPUs that this process may use.
@@ -97,7 +122,7 @@ func (r *runner) measure(ctx context.Context, p Point) (Result, error) {
 			s.add(p.Test, m, counted)
 		}
 	}
-	return conclude(p, &plain, &accelerated), nil
+	return conclude(p, &plain, &accelerated, r.judge()), nil
 }
 
 // samples are the runs of one kind.
@@ -135,7 +160,7 @@ func (s *samples) figures(p Point) Figures {
 }
 
 // conclude makes a point's result of its runs.
-func conclude(p Point, plain, accelerated *samples) Result {
+func conclude(p Point, plain, accelerated *samples, by *rules) Result {
 	speedups := ratios(accelerated.rates, plain.rates)
 	result := Result{
 		Point: p, Plain: plain.figures(p), Accelerated: accelerated.figures(p),
@@ -145,7 +170,7 @@ func conclude(p Point, plain, accelerated *samples) Result {
 		Speedups: speedups, Outliers: outliers(speedups),
 		Again: plain.again + accelerated.again,
 	}
-	result.Proof, result.Reason = prove(&plain.evidence, &accelerated.evidence)
+	result.Proof, result.Reason = by.prove(p, &plain.evidence, &accelerated.evidence)
 	return result
 }
 
@@ -196,7 +221,7 @@ func (r *runner) run(ctx context.Context, p Point, accelerated, verify bool) (me
 		}
 		counted := after.Since(before)
 		short := !verify && !m.covers(p.Test, r.parameters.Length)
-		late := p.Test != ConnectRequestResponse && counted.Connections[lateClaim] > 0
+		late := r.judge().late(p, accelerated, m, counted)
 		why := "the client was late in the handshake"
 		if short {
 			why = fmt.Sprintf("a run lasted %v", m.elapsed(p.Test))

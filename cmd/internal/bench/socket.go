@@ -84,15 +84,11 @@ func (s *socket) listen(addr netip.Addr) (uint16, error) {
 var errStopped = errors.New("the listener was shut down")
 
 func (s *socket) accept() (*socket, error) {
-	flags := uintptr(unix.SOCK_CLOEXEC)
-	if s.nonBlocking {
-		flags |= unix.SOCK_NONBLOCK
-	}
 	for {
-		fd, _, e := unix.RawSyscall6(unix.SYS_ACCEPT4, uintptr(s.fd), 0, 0, flags, 0, 0)
+		accepted, e := s.tryAccept()
 		switch e {
 		case 0:
-			return &socket{fd: int(fd), nonBlocking: s.nonBlocking}, nil
+			return accepted, nil
 		case unix.EINVAL:
 			return nil, errStopped
 		case unix.EAGAIN:
@@ -102,6 +98,18 @@ func (s *socket) accept() (*socket, error) {
 			return nil, fmt.Errorf("accept: %w", e)
 		}
 	}
+}
+
+func (s *socket) tryAccept() (*socket, unix.Errno) {
+	flags := uintptr(unix.SOCK_CLOEXEC)
+	if s.nonBlocking {
+		flags |= unix.SOCK_NONBLOCK
+	}
+	fd, _, e := unix.RawSyscall6(unix.SYS_ACCEPT4, uintptr(s.fd), 0, 0, flags, 0, 0)
+	if e != 0 {
+		return nil, e
+	}
+	return &socket{fd: int(fd), nonBlocking: s.nonBlocking}, 0
 }
 
 func (s *socket) connect(sa []byte) error {

@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os/exec"
 	"runtime"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -25,6 +26,12 @@ type order struct {
 	CPU         int            `json:"cpu"`
 	Address     netip.Addr     `json:"address"` // listen
 	Server      netip.AddrPort `json:"server"`  // drive
+	// Token is what a client's connections begin with where strangers can reach the
+	// server; empty: nothing.
+	Token string `json:"token,omitempty"`
+	// Inherited is the descriptor of a listener that the worker was born with; 0:
+	// it opens its own.
+	Inherited int `json:"inherited,omitempty"`
 }
 
 type verb string
@@ -80,21 +87,35 @@ func runWorker(in io.Reader, out, stderr io.Writer) int {
 type worker struct {
 	out      *json.Encoder
 	listener *socket
-	busy     chan error // of the generator that runs, if any
+	busy     chan error   // of the generator that runs, if any
+	stopping *atomic.Bool // set: accept no more from an inherited listener
 }
 
 func (w *worker) obey(o order) error {
 	switch o.Verb {
 	case listen:
+		if o.Inherited != 0 {
+			w.listener = &socket{fd: o.Inherited, nonBlocking: true}
+			w.stopping = new(atomic.Bool)
+			return w.reply(reply{}, nil)
+		}
 		port, err := w.listen(o)
 		return w.reply(reply{Port: port}, err)
 	case serve:
+		if w.stopping != nil {
+			return w.start(o, func(g *generator) error { return g.admit(w.listener, w.stopping) })
+		}
 		return w.start(o, func(g *generator) error { return g.server(w.listener) })
 	case drive:
 		return w.start(o, func(g *generator) error { return g.client(o.Server) })
 	case stop:
 		if w.listener == nil {
 			return errors.New("stop: nothing listens")
+		}
+		if w.stopping != nil { // the listener lives on
+			w.stopping.Store(true)
+			w.listener, w.stopping = nil, nil
+			return <-w.busy
 		}
 		// Wakes accept, which cannot be interrupted otherwise.
 		if err := unix.Shutdown(w.listener.fd, unix.SHUT_RD); err != nil {
@@ -142,7 +163,7 @@ func (w *worker) start(o order, run func(*generator) error) error {
 	opened := make(chan window, 1)
 	g := &generator{
 		point: o.Point, nonBlocking: o.NonBlocking, verify: o.Verify, warmUp: o.WarmUp, length: o.Length,
-		opened: opened, base: time.Now(),
+		token: []byte(o.Token), opened: opened, base: time.Now(),
 	}
 	w.busy = make(chan error, 1)
 	go func() {
