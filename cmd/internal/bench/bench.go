@@ -299,7 +299,7 @@ func measureAll(ctx context.Context, s site, p Parameters, set func(cpus int) []
 			}
 			fmt.Fprintf(log, "bench: path %s: %s of data verified\n", point.Path, quantity(float64(bytes), "B"))
 			verified = point.Path
-			report.Verified += bytes
+			report.Header.Verified += bytes
 		}
 		result, err := r.measure(ctx, point)
 		if err != nil {

@@ -7,47 +7,6 @@ import (
 	"time"
 )
 
-// Test is an experiment, by netperf's definitions.
-type Test string
-
-const (
-	// Stream sends messages one way; its rate is bytes read per second.
-	Stream Test = "stream"
-	// RequestResponse exchanges one message each way at a time on one connection.
-	RequestResponse Test = "rr"
-	// ConnectRequestResponse opens and closes a connection for each exchange.
-	ConnectRequestResponse Test = "crr"
-)
-
-// Path is how the client reaches the server.
-type Path string
-
-const (
-	PodIP     Path = "pod"      // the server pod's address
-	ServiceIP Path = "service"  // an address that the node translates (DNAT)
-	IPv6      Path = "ipv6"     // the server pod's IPv6 address
-	Loopback  Path = "loopback" // 127.0.0.1, client and server in one pod
-)
-
-// Placement is which CPUs client and server run on.
-type Placement string
-
-const (
-	SameCPU  Placement = "same-cpu"
-	CrossCPU Placement = "cross-cpu"
-)
-
-// A Point is one thing to measure.
-type Point struct {
-	Test          Test      `json:"test"`
-	Path          Path      `json:"path"`
-	Placement     Placement `json:"placement"`
-	RequestBytes  int       `json:"request_bytes"`  // of a stream: bytes of each send
-	ResponseBytes int       `json:"response_bytes"` // 0 for a stream
-	NoDelay       bool      `json:"nodelay"`
-	Connections   int       `json:"connections"`
-}
-
 func (p Point) String() string {
 	s := fmt.Sprintf("%s %s %s %s", p.Test, p.Path, p.Placement, p.message())
 	if p.NoDelay {
@@ -74,16 +33,6 @@ func size(bytes int) (number, unit string) {
 		return strconv.Itoa(bytes >> 10), "KiB"
 	}
 	return strconv.Itoa(bytes), "B"
-}
-
-// Parameters are how long and how often each point is measured.
-type Parameters struct {
-	Repeats int           `json:"repeats"` // of plain and accelerated each
-	WarmUp  time.Duration `json:"warm_up_ns"`
-	Length  time.Duration `json:"length_ns"` // of one run, without its warm-up
-	// NonBlocking: the generators use O_NONBLOCK sockets and poll(2), as event
-	// loops do, instead of blocking ones.
-	NonBlocking bool `json:"non_blocking"`
 }
 
 // minLength is the shortest run whose result is worth something.

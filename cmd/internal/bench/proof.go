@@ -10,19 +10,6 @@ import (
 	"github.com/skipstack/skipstack/plugin/datapath"
 )
 
-// Proof says whether the accelerated runs of a point were accelerated.
-type Proof string
-
-const (
-	// Proven: 99 % of the bytes were redirected.
-	Proven Proof = "ok"
-	// Overflow: with those that went by TCP because the receiver was full, and
-	// those that then had to wait for TCP, it is 99 %.
-	Overflow Proof = "overflow"
-	// Failed: they were not, or the plain runs were not plain.
-	Failed Proof = "failed"
-)
-
 // enough is the part of the bytes, and of the connections, that must be explained.
 const enough = 0.99
 

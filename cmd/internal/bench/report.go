@@ -12,44 +12,17 @@ import (
 	"strconv"
 	"strings"
 	"text/tabwriter"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
 
-// A Report is everything that a bench found out.
-type Report struct {
-	Header   Header   `json:"header"`
-	Points   []Result `json:"points"`
-	Verified uint64   `json:"verified_bytes"` // checked byte by byte, apart from the measuring
-}
-
-// Header says where and how a report came about.
-type Header struct {
-	Kernel     string     `json:"kernel"`
-	CPU        string     `json:"cpu"`
-	CPUs       int        `json:"cpus"`
-	Congestion string     `json:"tcp_congestion_control"` // plain TCP's speed depends on it
-	Version    string     `json:"version"`
-	Go         string     `json:"go"`
-	Parameters Parameters `json:"parameters"`
-	Facts
-}
-
 func newReport(p Parameters, f Facts) *Report {
 	return &Report{Header: Header{
 		Kernel: kernelRelease(), CPU: cpuModel(), CPUs: runtime.NumCPU(), Congestion: congestionControl(),
-		Version: version(), Go: runtime.Version(), Parameters: p, Facts: f,
+		Versions: Versions{Skipstack: version(), Go: runtime.Version()},
+		Started:  time.Now().UTC().Truncate(time.Second), Parameters: p, Facts: f,
 	}}
-}
-
-// Proven tells if every point's bypass is proven.
-func (r *Report) Proven() bool {
-	for _, p := range r.Points {
-		if p.Proof == Failed {
-			return false
-		}
-	}
-	return len(r.Points) > 0
 }
 
 // version is what the go command recorded: a tag, or the commit.
@@ -145,7 +118,7 @@ proof: ok is 99 % redirected; overflow is as much together with what went by TCP
 receiver had its limit of unread bytes. Overflow is a pass: a receiver slower than its sender is
 meant to slow it down by TCP, and every byte that was not redirected is accounted for.
 `)
-	fmt.Fprintf(&b, "Checked byte by byte, apart from the measuring: %s.\n", quantity(float64(r.Verified), "B"))
+	fmt.Fprintf(&b, "Checked byte by byte, apart from the measuring: %s.\n", quantity(float64(r.Header.Verified), "B"))
 	for _, p := range r.Points {
 		for _, i := range p.Outliers {
 			fmt.Fprintf(&b, "Outlier, counted like the others: %s, pair %d: %.2f.\n", p.Point, i+1, p.Speedups[i])

@@ -76,7 +76,7 @@ func TestJSON(t *testing.T) {
 	if err := json.Unmarshal(b.Bytes(), &got); err != nil {
 		t.Fatal(err)
 	}
-	for _, key := range []string{"kernel", "cpu", "verdict", "version", "parameters"} {
+	for _, key := range []string{"kernel", "cpu", "verdict", "versions", "parameters"} {
 		if got.Header[key] == nil {
 			t.Errorf("the header has no %s", key)
 		}

@@ -11,40 +11,6 @@ import (
 	"github.com/skipstack/skipstack/plugin/datapath"
 )
 
-// Figures are medians over the repeats of one kind of run.
-type Figures struct {
-	BytesPerSecond        float64 `json:"throughput_bytes_per_s"`
-	TransactionsPerSecond float64 `json:"transactions_per_s"`
-	P50                   int64   `json:"p50_ns"`
-	P90                   int64   `json:"p90_ns"`
-	P99                   int64   `json:"p99_ns"`
-	CPU                   float64 `json:"cpu_s"` // both sides, per run
-}
-
-// A Result is what measuring one point gave.
-type Result struct {
-	Point
-	Plain       Figures `json:"plain"`
-	Accelerated Figures `json:"accelerated"`
-	// Speedup is accelerated over plain in rate, pair by pair; the median, and its
-	// median absolute deviation.
-	Speedup float64 `json:"speedup"`
-	MAD     float64 `json:"mad"`
-	Repeats int     `json:"repeats"`
-	// Bytes of the accelerated runs, warm-up included, both directions.
-	PayloadBytes    uint64 `json:"payload_bytes"`
-	RedirectedBytes uint64 `json:"redirected_bytes"`
-	TCPBytes        uint64 `json:"tcp_bytes"`
-	Proof           Proof  `json:"proof"`
-	Reason          string `json:"reason,omitempty"` // of a failed proof
-	// Speedups are those of all pairs, in the order they were measured; Outliers
-	// are indexes of those far from the median, which counts them as well.
-	Speedups []float64 `json:"speedups"`
-	Outliers []int     `json:"outliers,omitempty"`
-	// Again is how often a blocking call returned EAGAIN.
-	Again uint64 `json:"eagain,omitempty"`
-}
-
 // A runner measures points at a site.
 type runner struct {
 	site       site

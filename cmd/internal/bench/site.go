@@ -35,14 +35,6 @@ type site interface {
 	facts() Facts
 }
 
-// Facts describe where a bench ran.
-type Facts struct {
-	Network         string   `json:"network"` // how the pods are connected
-	Plugins         []string `json:"plugins"` // of the conflist
-	BridgeNetfilter bool     `json:"bridge_netfilter"`
-	Verdict         string   `json:"verdict"`
-}
-
 const (
 	// gateTimeout is how long a first probe of the kernel may take.
 	gateTimeout = 30 * time.Second

@@ -226,7 +226,7 @@ func TestPrivateSite(t *testing.T) {
 	if err != nil {
 		t.Fatalf("%v\n%s", err, log.String())
 	}
-	if !report.Proven() || report.Verified == 0 || len(report.Points) != 1 {
+	if !report.Proven() || report.Header.Verified == 0 || len(report.Points) != 1 {
 		t.Errorf("not proven:\n%s", log.String())
 	}
 	r := testRunner(t, s)
