@@ -87,9 +87,7 @@ func loadFresh(o LoadOptions, switchName string) (*Set, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read the embedded programs: %w", err)
 	}
-	spec.Maps[bpf.DatapathMapSocks].MaxEntries = 2 * o.MaxConnections
-	spec.Maps[bpf.DatapathMapFunnelNext].MaxEntries = 2 * o.MaxConnections
-	spec.Maps[bpf.DatapathMapConnections].MaxEntries = max(o.MaxConnections/4, leastRecords)
+	resize(spec, o.MaxConnections)
 	spec.Maps[bpf.DatapathMapSkipstackSwitch].Name = switchName
 	s, err := load(spec, nil, o.ClaimWindow)
 	if err != nil {
@@ -101,6 +99,15 @@ func loadFresh(o LoadOptions, switchName string) (*Set, error) {
 		return nil, fmt.Errorf("write the node's settings: %w", err)
 	}
 	return s, nil
+}
+
+// sizedMaps are those whose size depends on how many connections there may be.
+var sizedMaps = []string{bpf.DatapathMapSocks, bpf.DatapathMapFunnelNext, bpf.DatapathMapConnections}
+
+func resize(spec *ebpf.CollectionSpec, maxConnections uint32) {
+	spec.Maps[bpf.DatapathMapSocks].MaxEntries = 2 * maxConnections
+	spec.Maps[bpf.DatapathMapFunnelNext].MaxEntries = 2 * maxConnections
+	spec.Maps[bpf.DatapathMapConnections].MaxEntries = max(maxConnections/4, leastRecords)
 }
 
 // load loads the programs, on the given maps where there are any.

@@ -25,6 +25,7 @@ const (
 	expWaiting  = "waiting"
 	expFlood    = "flood"
 	expWake     = "wake"
+	expCrowd    = "crowd"
 )
 
 var experiments = map[string]experiment{
@@ -33,6 +34,7 @@ var experiments = map[string]experiment{
 	expWaiting:  countWaiting,
 	expFlood:    flood,
 	expWake:     wake,
+	expCrowd:    crowd,
 }
 
 // asFault tells faults of the kernel from experiments that did not come off.

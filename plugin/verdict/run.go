@@ -69,17 +69,12 @@ type Env struct {
 // ([ErrPrivilege]), or ctx ended. The scratch cgroup and the worker are gone when
 // Run returns; what killed callers have left is removed.
 func Run(ctx context.Context, env Env) (*Verdict, error) {
-	if env.Exe == "" {
-		env.Exe = "/proc/self/exe"
-	}
-	if env.workerArgs == nil {
-		env.workerArgs = []string{WorkerArg}
-	}
-	v, err := newVerdict()
+	env, err := env.complete()
 	if err != nil {
 		return nil, err
 	}
-	if err := checkCgroup2(env.CgroupRoot); err != nil {
+	v, err := newVerdict()
+	if err != nil {
 		return nil, err
 	}
 	if err := sweep(ctx, env.CgroupRoot); err != nil {
@@ -113,6 +108,17 @@ func Run(ctx context.Context, env Env) (*Verdict, error) {
 	return v, nil
 }
 
+// complete fills in what is not given, and checks what is.
+func (e Env) complete() (Env, error) {
+	if e.Exe == "" {
+		e.Exe = "/proc/self/exe"
+	}
+	if e.workerArgs == nil {
+		e.workerArgs = []string{WorkerArg}
+	}
+	return e, checkCgroup2(e.CgroupRoot)
+}
+
 // privilege marks errors of callers that may not do what they tried.
 func privilege(err error) error {
 	if errors.Is(err, fs.ErrPermission) {
@@ -140,6 +146,20 @@ func newVerdict() (*Verdict, error) {
 	for _, k := range kinds {
 		v.Probes = append(v.Probes, Probe{k.name, CouldNotTell, "not tried"})
 	}
+	return v, nil
+}
+
+// Untried is the verdict where no probe was made: every one could not tell, for the
+// given reason. So the level is [Unsupported], and inconclusive.
+func Untried(why string) (*Verdict, error) {
+	v, err := newVerdict()
+	if err != nil {
+		return nil, err
+	}
+	for _, k := range kinds {
+		v.set(k.name, CouldNotTell, "not tried: "+why)
+	}
+	v.conclude()
 	return v, nil
 }
 
@@ -210,18 +230,9 @@ func (p *prober) probe(ctx context.Context) (err error) {
 	runtime.LockOSThread() // see startWorker
 	defer runtime.UnlockOSThread()
 	defer func() { err = errors.Join(err, p.endWorker()) }()
-	if p.scratch, err = newScratch(p.env.CgroupRoot); err != nil {
-		return privilege(err)
-	}
-	if err := p.attach(); err != nil {
+	if err := p.begin(ctx); err != nil {
 		return err
 	}
-	// The first worker must start: what keeps it from it is no verdict.
-	if err := p.startWorker(ctx, hello+time.Since(p.start)); err != nil {
-		return privilege(err)
-	}
-	p.slowness = min(1+time.Since(p.start)/ordinaryStart, slowest)
-	p.end = time.Now().Add(budget * p.slowness)
 	judges := []func(context.Context) error{
 		p.fionread, // tells how the datapath is to be set up for the others
 		p.redirect, p.charged, p.epoll,
@@ -234,6 +245,24 @@ func (p *prober) probe(ctx context.Context) (err error) {
 		}
 	}
 	p.v.set(ProbeSplice, NotOK, noGuard)
+	return nil
+}
+
+// begin makes the place where the experiments are made and starts the first
+// worker.
+func (p *prober) begin(ctx context.Context) (err error) {
+	if p.scratch, err = newScratch(p.env.CgroupRoot); err != nil {
+		return privilege(err)
+	}
+	if err := p.attach(); err != nil {
+		return err
+	}
+	// The first worker must start: what keeps it from it is no verdict.
+	if err := p.startWorker(ctx, hello+time.Since(p.start)); err != nil {
+		return privilege(err)
+	}
+	p.slowness = min(1+time.Since(p.start)/ordinaryStart, slowest)
+	p.end = time.Now().Add(budget * p.slowness)
 	return nil
 }
 

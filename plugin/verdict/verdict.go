@@ -63,18 +63,29 @@ const (
 // kinds lists the probes in the order in which they are shown, and what follows
 // from one that is not ok.
 var kinds = []struct {
-	name  string
-	fatal bool          // the kernel is unsupported
-	risk  datapath.Risk // 0: costs nothing
+	name     string
+	fatal    bool          // the kernel is unsupported
+	risk     datapath.Risk // 0: costs nothing
+	concerns string        // see Concerns
 }{
-	{name: ProbeLoad, fatal: true},
-	{name: ProbeRedirect, fatal: true},
-	{name: ProbeOrder, fatal: true},
-	{name: ProbeCharged, risk: datapath.RiskUncharged},
-	{name: ProbeFIONREAD, risk: datapath.RiskFIONREAD},
-	{name: ProbeEpoll, risk: datapath.RiskEpoll},
-	{name: ProbeSplice, risk: datapath.RiskSplice},
-	{name: ProbeMPTCP},
+	{name: ProbeLoad, fatal: true, concerns: "all software: without it every connection is plain"},
+	{name: ProbeRedirect, fatal: true, concerns: "all software: without it every connection is plain"},
+	{name: ProbeOrder, fatal: true, concerns: "all software: without it every connection is plain"},
+	{name: ProbeCharged, risk: datapath.RiskUncharged, concerns: "the whole node: a pod that does not read could fill its memory"},
+	{name: ProbeFIONREAD, risk: datapath.RiskFIONREAD, concerns: "what asks FIONREAD before it reads: nginx, Java, .NET"},
+	{name: ProbeEpoll, risk: datapath.RiskEpoll, concerns: "event loops: nginx, Envoy, Go, Node.js, Netty, Redis"},
+	{name: ProbeSplice, risk: datapath.RiskSplice, concerns: "proxies that splice: HAProxy, Go's io.Copy between TCP connections"},
+	{name: ProbeMPTCP, concerns: "MPTCP listeners, such as Go's by default: else they are plain"},
+}
+
+// Concerns says in one line which software a probe is about, "" for an unknown one.
+func Concerns(probe string) string {
+	for _, k := range kinds {
+		if k.name == probe {
+			return k.concerns
+		}
+	}
+	return ""
 }
 
 var (

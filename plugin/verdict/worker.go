@@ -48,6 +48,7 @@ type finding struct {
 	Accepted    int    `json:"accepted"` // bytes a sender got rid of while nobody read
 	Stopped     bool   `json:"stopped"`  // the sender was stopped in the end
 	Released    bool   `json:"released"` // the charge was given back when all was read
+	Storage     uint64 `json:"storage"`  // memory charged to the sockets for storage
 }
 
 // workerLife ends a worker whatever happens.
