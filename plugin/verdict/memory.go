@@ -1,6 +1,7 @@
 package verdict
 
 import (
+	"cmp"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -59,8 +60,8 @@ func MeasureMemory(ctx context.Context, env Env, maxConnections uint32, funnel b
 	if err != nil {
 		return m, err
 	}
-	if got.trouble != "" || got.Connections == 0 {
-		return m, fmt.Errorf("measure what a connection takes: %s", got.trouble)
+	if why := cmp.Or(got.trouble, got.Fault); why != "" {
+		return m, fmt.Errorf("measure what a connection takes: %s", why)
 	}
 	socket, err := datapath.SocketMemory(got.Storage/(2*got.Connections), funnel)
 	if err != nil {
@@ -91,6 +92,18 @@ func crowd(l lab) (finding, error) {
 		}
 		socks = append(socks, client, server)
 		f.Connections++
+		// A connection that has sent is one that is in use.
+		msg := []byte{byte(f.Connections)}
+		if err := l.send(client, msg); err != nil {
+			return f, err
+		}
+		f.Sent++
+		if err := l.expect(server, msg); err != nil {
+			return asFault(f, err)
+		}
+	}
+	if err := f.settled(socks...); err != nil {
+		return f, err
 	}
 	for _, s := range socks {
 		n, err := storage(s)
