@@ -60,6 +60,11 @@ test-integration: ## Run the tests that need root, each package in a private nod
 	$(call say,TEST,integration)
 	$(Q)$(GO) test -p 1 $(TESTFLAGS) $(INTEGRATION)
 
+.PHONY: test-software
+test-software: ## As root: run real software between pods, plain and accelerated; needs apt
+	$(call say,SOFTWARE,.)
+	$(Q)$(GO) run ./test/software $(SOFTWAREFLAGS)
+
 .PHONY: test-vm
 test-vm: ## Run tests on other kernels under QEMU: KERNEL=6.1, or all; needs apt, no root
 	$(call say,VM,$(or $(KERNEL),'all kernels'))

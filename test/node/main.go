@@ -27,6 +27,8 @@ type MainOptions struct {
 	Workers map[string]Worker // for [WorkerCommand]
 	Build   []string          // main packages, for example ./cmd/skipstack by import path
 	Tools   []string          // tools of go.mod by short name, for example bridge
+	// Prepare, if set, runs first, where the network and the machine's files are.
+	Prepare func(ctx context.Context) error
 }
 
 // Main runs a test package in a private machine, and fails if it leaves something
@@ -60,6 +62,11 @@ func run(m interface{ Run() int }, o MainOptions) (int, error) {
 		ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 		defer stop()
 		env := os.Environ()
+		if o.Prepare != nil {
+			if err := o.Prepare(ctx); err != nil {
+				return 1, err
+			}
+		}
 		if len(o.Build)+len(o.Tools) > 0 && ProgramDir() == "" {
 			dir, remove, err := buildPrograms(ctx, o)
 			if err != nil {
