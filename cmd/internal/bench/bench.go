@@ -107,7 +107,7 @@ allow acceleration.`,
 	cmd.Flags().StringVar(&o.cniPath, "cni-path", defaultCNIPath, "`DIRECTORY` of the CNI plugins bridge and host-local")
 	cmd.Flags().StringVar(&o.json, "json", "", "also write the results as JSON to this `FILE`; - is standard output, the table then goes to standard error")
 	cmd.Flags().StringVar(&o.sockets, "sockets", "blocking", "what the generators use: blocking, or nonblocking with poll(2)")
-	cmd.AddCommand(&cobra.Command{
+	cmd.AddCommand(newServeCommand(c), newClientCommand(c), &cobra.Command{
 		Use: workerCommand, Hidden: true, Args: cobra.NoArgs,
 		RunE: func(*cobra.Command, []string) error {
 			if code := runWorker(c.In, c.Out, c.ErrOut); code != 0 {

@@ -23,8 +23,9 @@ import (
 func TestMain(m *testing.M) {
 	os.Exit(node.Main(m, node.MainOptions{
 		Workers: map[string]node.Worker{
-			"bench": func([]string) int { return runWorker(os.Stdin, os.Stdout, os.Stderr) },
-			"wrong": wrongWorker,
+			"bench":  func([]string) int { return runWorker(os.Stdin, os.Stdout, os.Stderr) },
+			"wrong":  wrongWorker,
+			"client": podClient,
 		},
 		Build: []string{"github.com/skipstack/skipstack/cmd/skipstack"},
 		Tools: requiredPlugins,

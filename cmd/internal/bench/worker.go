@@ -24,8 +24,9 @@ type order struct {
 	WarmUp      time.Duration  `json:"warm_up_ns"`
 	Length      time.Duration  `json:"length_ns"`
 	CPU         int            `json:"cpu"`
-	Address     netip.Addr     `json:"address"` // listen
-	Server      netip.AddrPort `json:"server"`  // drive
+	Address     netip.Addr     `json:"address"`        // listen
+	Server      netip.AddrPort `json:"server"`         // drive
+	Port        uint16         `json:"port,omitempty"` // listen; 0: of the kernel's choice
 	// Token is what a client's connections begin with where strangers can reach the
 	// server; empty: nothing.
 	Token string `json:"token,omitempty"`
