@@ -68,13 +68,16 @@ failed), 2 wrong usage.`,
 	o.register(cmd)
 	cmd.Flags().StringVar(&o.target, "target", "", "name or address of the server, a `HOST` without a port")
 	cmd.Flags().DurationVar(&o.wait, "wait", 30*time.Second, "how long to wait for the server to be there, and free")
-	cmd.Flags().IntVar(&o.repeats, "repeats", minRepeats, "pairs of runs for each point")
+	cmd.Flags().IntVar(&o.repeats, "repeats", leastPairs, "pairs of runs for each point")
 	cmd.Flags().StringVar(&o.json, "json", "", "also write the results as JSON to this `FILE`; - is standard output, the table then goes to standard error")
 	return cmd
 }
 
-// maxRepeats keep a client from measuring longer than a server lets it.
-const maxRepeats = 50
+// Bounds of --repeats: a median takes a few, and a server ends a session at maxSession.
+const (
+	leastPairs = 5
+	mostPairs  = 50
+)
 
 func (o *clientOptions) check() error {
 	if err := o.ports.check(); err != nil {
@@ -91,8 +94,8 @@ func (o *clientOptions) check() error {
 		return fmt.Errorf("--target %s: link-local addresses are not supported", o.target)
 	case o.wait < 0:
 		return fmt.Errorf("--wait %v is negative", o.wait)
-	case o.repeats < minRepeats || o.repeats > maxRepeats:
-		return fmt.Errorf("--repeats %d: it is %d to %d", o.repeats, minRepeats, maxRepeats)
+	case o.repeats < leastPairs || o.repeats > mostPairs:
+		return fmt.Errorf("--repeats %d: it is %d to %d", o.repeats, leastPairs, mostPairs)
 	}
 	if o.json != "" && o.json != "-" {
 		if err := unix.Access(filepath.Dir(o.json), unix.W_OK); err != nil {
@@ -454,7 +457,15 @@ func (r *Report) writePodText(w io.Writer, p ports) error {
 		return err
 	}
 	fmt.Fprintln(&b)
-	if err := r.writeLatencies(&b); err != nil {
+	t = tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(t, "latency in us\t\t\t\tplain p50\tp99\tskipstack p50\tp99")
+	for _, p := range r.Points {
+		if p.Test != Stream {
+			fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", p.Test, p.Path, p.cpus(), p.message(),
+				micros(p.Plain.P50), micros(p.Plain.P99), micros(p.Accelerated.P50), micros(p.Accelerated.P99))
+		}
+	}
+	if err := t.Flush(); err != nil {
 		return err
 	}
 	fmt.Fprintf(&b, `
@@ -466,7 +477,20 @@ TCP carried, by the counters of TCP_INFO. In the plain runs it carried all.
 proof: ok is at least 99 %% past TCP. overflow, of a stream, is at least %.0f %%: while a receiver has
 its limit of unread bytes, the others go by TCP, which makes the sender wait.
 `, 100*leastOverflow)
-	r.writeRemarks(&b)
+	fmt.Fprintf(&b, "Checked byte by byte, apart from the measuring: %s.\n", quantity(float64(r.Header.Verified), "B"))
+	for _, p := range r.Points {
+		for _, i := range p.Outliers {
+			fmt.Fprintf(&b, "Outlier, counted like the others: %s, pair %d: %.2f.\n", p.Point, i+1, p.Speedups[i])
+		}
+	}
+	for _, p := range r.Points {
+		if p.Proof == Failed {
+			fmt.Fprintf(&b, "NOT PROVEN: %s: %s.\n", p.Point, p.Reason)
+		}
+	}
+	if r.Proven() {
+		fmt.Fprintln(&b, "The bypass is proven for every point.")
+	}
 	_, err := w.Write(b.Bytes())
 	return err
 }

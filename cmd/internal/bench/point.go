@@ -38,13 +38,10 @@ func size(bytes int) (number, unit string) {
 // minLength is the shortest run whose result is worth something.
 const minLength = 200 * time.Millisecond
 
-// minRepeats are the fewest that a median and its spread are taken of.
-const minRepeats = 5
-
 func (p Parameters) validate() error {
 	switch {
-	case p.Repeats < minRepeats:
-		return fmt.Errorf("a median takes at least %d repeats", minRepeats)
+	case p.Repeats < 5:
+		return errors.New("a median takes at least 5 repeats")
 	case p.Length < minLength:
 		return fmt.Errorf("a run takes at least %v", minLength)
 	case p.WarmUp <= 0:

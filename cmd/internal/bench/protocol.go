@@ -28,7 +28,7 @@ const (
 	orderTimeout    = time.Minute // between two orders
 	maxSession      = 15 * time.Minute
 	maxMessage      = 1 << 20 // bytes
-	maxLength       = 10 * time.Second
+	maxRun       = 10 * time.Second
 	maxWarmUp       = time.Second
 )
 
@@ -102,7 +102,7 @@ func checkOrder(o order, cpus []int) (order, error) {
 		return clean, fmt.Errorf("order %q, want %q", o.Verb, listen)
 	case !slices.Contains(cpus, o.CPU):
 		return clean, fmt.Errorf("CPU %d may not be used", o.CPU)
-	case o.WarmUp < 0 || o.WarmUp > maxWarmUp || o.Length <= 0 || o.Length > maxLength:
+	case o.WarmUp < 0 || o.WarmUp > maxWarmUp || o.Length <= 0 || o.Length > maxRun:
 		return clean, fmt.Errorf("a run of %v after %v is too long", o.Length, o.WarmUp)
 	case p.Connections != 1:
 		return clean, fmt.Errorf("%d connections at a time", p.Connections)

@@ -45,7 +45,7 @@ func startServer(t *testing.T, o serveOptions) (p ports, ended <-chan error, log
 }
 
 func clientOf(p ports) clientOptions {
-	return clientOptions{ports: p, target: "localhost", wait: 30 * time.Second, repeats: minRepeats}
+	return clientOptions{ports: p, target: "localhost", wait: 30 * time.Second, repeats: leastPairs}
 }
 
 func newTestClient(t *testing.T, o clientOptions) (*podSite, error) {
@@ -60,7 +60,7 @@ func newTestClient(t *testing.T, o clientOptions) (*podSite, error) {
 // shortRuns is a runner for runs that only have to work.
 func (s *podSite) shortRuns() *runner {
 	return &runner{site: s, cpus: s.cpus, log: io.Discard, rules: counterRules, parameters: Parameters{
-		Repeats: minRepeats, WarmUp: time.Millisecond, Length: 20 * time.Millisecond, NonBlocking: true,
+		Repeats: leastPairs, WarmUp: time.Millisecond, Length: 20 * time.Millisecond, NonBlocking: true,
 	}}
 }
 
@@ -94,7 +94,7 @@ func TestSessionWithoutAcceleration(t *testing.T) {
 		t.Errorf("path %s", s.path)
 	}
 	s.works(t)
-	_, err = s.measure(t.Context(), Parameters{Repeats: minRepeats, WarmUp: time.Millisecond, Length: minLength, NonBlocking: true}, podPoints, io.Discard)
+	_, err = s.measure(t.Context(), Parameters{Repeats: leastPairs, WarmUp: time.Millisecond, Length: minLength, NonBlocking: true}, podPoints, io.Discard)
 	if err == nil || !strings.Contains(err.Error(), "the bypass is not proven") {
 		t.Errorf("two pods that are not accelerated: %v", err)
 	}
@@ -229,7 +229,7 @@ func TestClientVanishes(t *testing.T) {
 		t.Fatal(err)
 	}
 	r := first.shortRuns()
-	r.parameters.Length = maxLength
+	r.parameters.Length = maxRun
 	time.AfterFunc(50*time.Millisecond, first.close)
 	if _, _, err := r.run(t.Context(), point(RequestResponse, 64, 64), true, false); err == nil {
 		t.Error("the run of a client that vanished succeeds")
@@ -251,7 +251,7 @@ func TestServerVanishes(t *testing.T) {
 		t.Fatal(err)
 	}
 	r := client.shortRuns()
-	r.parameters.Length = maxLength
+	r.parameters.Length = maxRun
 	time.AfterFunc(50*time.Millisecond, cancel)
 	if _, _, err := r.run(t.Context(), point(RequestResponse, 64, 64), true, false); err == nil {
 		t.Error("the run of a server that vanished succeeds")
@@ -336,7 +336,7 @@ func TestCheckOrder(t *testing.T) {
 		"drive":             func(o *order) { o.Verb = drive },
 		"CPU":               func(o *order) { o.CPU = 2 },
 		"negative CPU":      func(o *order) { o.CPU = -1 },
-		"long":              func(o *order) { o.Length = maxLength + 1 },
+		"long":              func(o *order) { o.Length = maxRun + 1 },
 		"no length":         func(o *order) { o.Length = 0 },
 		"negative warm-up":  func(o *order) { o.WarmUp = -1 },
 		"long warm-up":      func(o *order) { o.WarmUp = maxWarmUp + 1 },
@@ -381,7 +381,7 @@ func FuzzOrder(f *testing.F) {
 		if clean.Verb != listen || clean.Inherited != 0 || clean.Token != "" || clean.Address.IsValid() || clean.Server.IsValid() || !clean.NonBlocking {
 			t.Errorf("passed on: %+v", clean)
 		}
-		if clean.Length <= 0 || clean.Length > maxLength || clean.CPU < 0 || clean.CPU > 1 || p.Connections != 1 {
+		if clean.Length <= 0 || clean.Length > maxRun || clean.CPU < 0 || clean.CPU > 1 || p.Connections != 1 {
 			t.Errorf("out of bounds: %+v", clean)
 		}
 		if !clean.Verify && (p.RequestBytes < 1 || p.RequestBytes > maxMessage || p.ResponseBytes < 0 || p.ResponseBytes > maxMessage) {

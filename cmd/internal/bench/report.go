@@ -98,7 +98,15 @@ func (r *Report) writeText(w io.Writer) error {
 		return err
 	}
 	fmt.Fprintln(&b)
-	if err := r.writeLatencies(&b); err != nil {
+	t = tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(t, "latency in us\t\t\t\tplain p50\tp99\tskipstack p50\tp99")
+	for _, p := range r.Points {
+		if p.Test != Stream {
+			fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", p.Test, p.Path, p.cpus(), p.message(),
+				micros(p.Plain.P50), micros(p.Plain.P99), micros(p.Accelerated.P50), micros(p.Accelerated.P99))
+		}
+	}
+	if err := t.Flush(); err != nil {
 		return err
 	}
 	fmt.Fprint(&b, `
@@ -110,40 +118,22 @@ proof: ok is 99 % redirected; overflow is as much together with what went by TCP
 receiver had its limit of unread bytes. Overflow is a pass: a receiver slower than its sender is
 meant to slow it down by TCP, and every byte that was not redirected is accounted for.
 `)
-	r.writeRemarks(&b)
-	_, err := w.Write(b.Bytes())
-	return err
-}
-
-// writeLatencies writes a table of the latencies of what has transactions.
-func (r *Report) writeLatencies(w io.Writer) error {
-	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(t, "latency in us\t\t\t\tplain p50\tp99\tskipstack p50\tp99")
-	for _, p := range r.Points {
-		if p.Test != Stream {
-			fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", p.Test, p.Path, p.cpus(), p.message(),
-				micros(p.Plain.P50), micros(p.Plain.P99), micros(p.Accelerated.P50), micros(p.Accelerated.P99))
-		}
-	}
-	return t.Flush()
-}
-
-// writeRemarks says what was verified, what is an outlier, and what is proven.
-func (r *Report) writeRemarks(b *bytes.Buffer) {
-	fmt.Fprintf(b, "Checked byte by byte, apart from the measuring: %s.\n", quantity(float64(r.Header.Verified), "B"))
+	fmt.Fprintf(&b, "Checked byte by byte, apart from the measuring: %s.\n", quantity(float64(r.Header.Verified), "B"))
 	for _, p := range r.Points {
 		for _, i := range p.Outliers {
-			fmt.Fprintf(b, "Outlier, counted like the others: %s, pair %d: %.2f.\n", p.Point, i+1, p.Speedups[i])
+			fmt.Fprintf(&b, "Outlier, counted like the others: %s, pair %d: %.2f.\n", p.Point, i+1, p.Speedups[i])
 		}
 	}
 	for _, p := range r.Points {
 		if p.Proof == Failed {
-			fmt.Fprintf(b, "NOT PROVEN: %s: %s.\n", p.Point, p.Reason)
+			fmt.Fprintf(&b, "NOT PROVEN: %s: %s.\n", p.Point, p.Reason)
 		}
 	}
 	if r.Proven() {
-		fmt.Fprintln(b, "The bypass is proven for every point.")
+		fmt.Fprintln(&b, "The bypass is proven for every point.")
 	}
+	_, err := w.Write(b.Bytes())
+	return err
 }
 
 func (p Point) cpus() string {
