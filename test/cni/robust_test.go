@@ -16,6 +16,7 @@ import (
 
 	"github.com/skipstack/skipstack/plugin/datapath"
 	"github.com/skipstack/skipstack/test/node"
+	"github.com/skipstack/skipstack/test/trace"
 )
 
 // slowest is how long the slowest of some calls took.
@@ -150,14 +151,14 @@ func (s *site) killedAt(stride int, c call, before, then func(change int)) (chan
 	for k := rand.IntN(stride); ; k += stride {
 		before(k)
 		n := 0
-		status, stdout, _ := s.trace(c, func(call step) fate {
-			if !call.changes() {
-				return goOn
+		status, stdout, _ := s.trace(c, func(call trace.Step) trace.Fate {
+			if !call.Changes() {
+				return trace.GoOn
 			}
 			if n++; n > k {
-				return kill
+				return trace.Kill
 			}
-			return goOn
+			return trace.GoOn
 		})
 		if stdout != "" && (c.verb != "ADD" || stdout != prevResult) {
 			s.t.Errorf("killed before change %d, it has printed %q", k, stdout)
@@ -504,24 +505,24 @@ func TestStuckAdd(t *testing.T) {
 	p, q, r := s.light(), s.light(), s.light()
 	s.want(0, s.run(r.call().add()))
 	changes := 0
-	_, _, _ = s.trace(p.call().add(), func(c step) fate {
-		if c.changes() {
+	_, _, _ = s.trace(p.call().add(), func(c trace.Step) trace.Fate {
+		if c.Changes() {
 			changes++
 		}
-		return goOn
+		return trace.GoOn
 	})
 	s.want(0, s.run(p.call().del()))
 	busy := 0
 	for i := range 6 {
 		k := (i*changes + rand.IntN(changes)) / 6
 		n := 0
-		_, _, end := s.trace(p.call().add(), func(c step) fate {
-			if c.changes() {
+		_, _, end := s.trace(p.call().add(), func(c trace.Step) trace.Fate {
+			if c.Changes() {
 				if n++; n > k {
-					return stick
+					return trace.Stick
 				}
 			}
-			return goOn
+			return trace.GoOn
 		})
 		s.meanwhile(q.call().add(), r.call().del())
 		// The record tells, not the log, which leaves out repeats.

@@ -12,6 +12,8 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
+
+	"github.com/skipstack/skipstack/test/trace"
 )
 
 // ADD and DEL of the 250th pod cost what those of the second cost.
@@ -21,11 +23,11 @@ func TestManyPods(t *testing.T) {
 	pods := s.lightPods(n)
 	cost := func(c call) int {
 		touches := 0
-		status, _, _ := s.trace(c, func(c step) fate {
-			if c.touches() {
+		status, _, _ := s.trace(c, func(c trace.Step) trace.Fate {
+			if c.Touches() {
 				touches++
 			}
-			return goOn
+			return trace.GoOn
 		})
 		if status.ExitStatus() != 0 {
 			t.Errorf("%s exits with %d", c.verb, status.ExitStatus())

@@ -139,8 +139,11 @@ func (f file) is(o unix.Stat_t) bool { return f.stat.Dev == o.Dev && f.stat.Ino 
 
 // resolve follows symbolic links inside the directory.
 func (d *dir) resolve(name string) (string, error) {
-	for range 8 {
+	for i := range 8 {
 		info, err := d.root.Lstat(name)
+		if errors.Is(err, fs.ErrNotExist) && i > 0 {
+			return "", refuse("%s is named by a symbolic link, but is not there", d.path(name))
+		}
 		if err != nil {
 			return "", err
 		}
@@ -207,8 +210,8 @@ func (d *dir) temp(text io.Reader, mode fs.FileMode, model *file) (name string, 
 	var random [8]byte
 	rand.Read(random[:]) // never fails
 	// The suffix keeps runtimes from loading it.
-	name = tempPrefix + hex.EncodeToString(random[:]) + tempSuffix
-	f, err := d.root.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	made := tempPrefix + hex.EncodeToString(random[:]) + tempSuffix
+	f, err := d.root.OpenFile(made, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
 		return "", err
 	}
@@ -217,7 +220,7 @@ func (d *dir) temp(text io.Reader, mode fs.FileMode, model *file) (name string, 
 			err = closeErr
 		}
 		if err != nil {
-			_ = d.root.Remove(name)
+			_ = d.root.Remove(made)
 			err = fmt.Errorf("write in %s: %w", d.root.Name(), err)
 		}
 	}()
@@ -231,7 +234,7 @@ func (d *dir) temp(text io.Reader, mode fs.FileMode, model *file) (name string, 
 	} else if err = f.Chmod(mode); err != nil {
 		return "", err
 	}
-	return name, f.Sync()
+	return made, f.Sync()
 }
 
 func (d *dir) copyLook(to *os.File, model file) error {
