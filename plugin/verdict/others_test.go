@@ -238,7 +238,7 @@ func TestMeasureMemory(t *testing.T) {
 	if large.Connection <= small.Connection {
 		t.Error("the funnel's record costs nothing")
 	}
-	if perConnection := (large.Maps - small.Maps) / (uint64(large.MaxConnections-small.MaxConnections)); perConnection < 16 || perConnection > 1024 {
+	if perConnection := (large.Maps - small.Maps) / (uint64(large.MaxConnections - small.MaxConnections)); perConnection < 16 || perConnection > 1024 {
 		t.Errorf("maps take %d bytes for each connection", perConnection)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
