@@ -38,7 +38,7 @@ type Other struct {
 	Program   string   `json:"program"` // the kernel keeps 15 bytes of the name
 	ProgramID uint32   `json:"programID"`
 	Type      string   `json:"type"`                // sock_ops, sk_msg or sk_skb
-	Cgroup    string   `json:"cgroup,omitempty"`    // of sock_ops: below the cgroup root, "/" for itself
+	Cgroup    string   `json:"cgroup,omitempty"`    // of sock_ops: below the cgroup root, "/" for the root, "/.." above it
 	Sharing   Sharing  `json:"sharing,omitempty"`   // of sock_ops
 	Map       string   `json:"map,omitempty"`       // of sk_msg and sk_skb
 	MapID     uint32   `json:"mapID,omitempty"`     //
@@ -49,6 +49,8 @@ type Other struct {
 	Conflict string `json:"conflict,omitempty"`
 	// Blocks tells that nothing can be attached to pods below Cgroup.
 	Blocks bool `json:"blocks,omitempty"`
+	// Everywhere tells that every pod is below Cgroup.
+	Everywhere bool `json:"everywhere,omitempty"`
 }
 
 // products are known by the beginnings of their programs' names.
@@ -201,6 +203,19 @@ func (o *others) sockMap(id ebpf.MapID) error {
 // cgroups looks for sock_ops programs at every cgroup below root.
 func (o *others) cgroups(ctx context.Context, root string) error {
 	o.seen = map[uint64]bool{}
+	for above := root; ; {
+		above = filepath.Join(above, "..")
+		if checkCgroup2(above) != nil {
+			break
+		}
+		name, err := filepath.Rel(root, above)
+		if err != nil {
+			return fmt.Errorf("list cgroups: %w", err)
+		}
+		if err := o.cgroup(above, Other{Cgroup: "/" + name, Everywhere: true}); err != nil {
+			return err
+		}
+	}
 	return filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
 		switch {
 		case ctx.Err() != nil:
@@ -212,11 +227,13 @@ func (o *others) cgroups(ctx context.Context, root string) error {
 		case !d.IsDir():
 			return nil
 		}
-		return o.cgroup(root, path)
+		below := strings.TrimPrefix(strings.TrimPrefix(path, root), "/")
+		return o.cgroup(path, Other{Cgroup: "/" + below, Everywhere: below == ""})
 	})
 }
 
-func (o *others) cgroup(root, path string) error {
+// cgroup looks at one cgroup, which at names.
+func (o *others) cgroup(path string, at Other) error {
 	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return nil // removed meanwhile
@@ -231,7 +248,7 @@ func (o *others) cgroup(root, path string) error {
 	if err != nil {
 		return fmt.Errorf("list the sock_ops programs of cgroup %s: %w", path, err)
 	}
-	at := Other{Cgroup: "/" + strings.TrimPrefix(strings.TrimPrefix(path, root), "/"), Sharing: Exclusive}
+	at.Sharing = Exclusive
 	switch {
 	case flags&unix.BPF_F_ALLOW_MULTI != 0:
 		at.Sharing = Multi

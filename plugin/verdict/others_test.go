@@ -109,7 +109,10 @@ func TestOtherSockOps(t *testing.T) {
 				o.Product == "" || len(o.Processes) != 1 || !strings.HasSuffix(o.Processes[0], self) {
 				t.Errorf("%+v", o)
 			}
-			if o.Blocks != (tc.sharing == Exclusive) || !strings.Contains(o.Conflict, tc.conflict) || (tc.conflict == "") != (o.Conflict == "") {
+			if below := found(t, pod, prog); len(below) != 1 || below[0].Cgroup != "/.." || !below[0].Everywhere || below[0].Blocks != o.Blocks {
+				t.Errorf("from below: %+v", below)
+			}
+			if !o.Everywhere || o.Blocks != (tc.sharing == Exclusive) || !strings.Contains(o.Conflict, tc.conflict) || (tc.conflict == "") != (o.Conflict == "") {
 				t.Errorf("conflict %q, blocks %v", o.Conflict, o.Blocks)
 			}
 
@@ -197,7 +200,7 @@ func TestOtherSockMap(t *testing.T) {
 		}
 	}
 	got := found(t, root, ops)
-	if len(got) != 1 || got[0].Cgroup != "/pod" || got[0].Sharing != Multi || !strings.Contains(got[0].Conflict, "a sockmap of its own") {
+	if len(got) != 1 || got[0].Cgroup != "/pod" || got[0].Everywhere || got[0].Sharing != Multi || !strings.Contains(got[0].Conflict, "a sockmap of its own") {
 		t.Errorf("%+v", got)
 	}
 	// Seen from beside, the link alone tells.
