@@ -13,6 +13,7 @@ const (
 	Accelerated Outcome = "accelerated"
 	Plain       Outcome = "plain"
 	Refused     Outcome = "refused" // ADD fails, as onError says
+	Unknown     Outcome = "unknown" // it depends on the kernel, of which nothing is known
 )
 
 // Outlook is what ADD would make of a pod, and why it would not be accelerated.

@@ -193,6 +193,9 @@ func TestCommands(t *testing.T) {
 		{name: "off half done", args: "off --run-dir RUN", prepare: func(f *fake) { loaded(f); f.fail = errors.New("EIO") }, code: 1, err: "EIO"},
 		{name: "off help", args: "off --help", out: []string{"every set of skipstack's programs in the kernel", "mount namespaces", "kind", "pins are gone", "below --bpffs"}},
 		{name: "on help", args: "on --help", out: []string{"published below --bpffs", "kind"}},
+		{name: "doctor help", args: "doctor --help", out: []string{"0 safe; 4 risky; 3 unsupported", "--cni-conf-dir", "--no-cache", "--config CONFLIST"}},
+		{name: "doctor, argument", args: "doctor x", code: 2, err: "x"},
+		{name: "doctor, no such config", args: "doctor --config /no/such/file", code: 2, err: "no such file"},
 		{name: "version", args: "version", out: []string{"skipstack ", "CNI specification 0.3.0, 0.3.1, 0.4.0, 1.0.0, 1.1.0"}},
 		{name: "version, argument", args: "version x", code: 2, err: "x"},
 		{name: "probe", args: `probe --entry {"runDir":"RUN"}`, prepare: loaded, err: `verdict="risky: splice"`},
@@ -237,6 +240,7 @@ func TestEmptyFlags(t *testing.T) {
 	for _, args := range [][]string{
 		{"off", "--pod", ""}, {"off", "--pod="}, {"on", "--pod="}, {"off", "--pod", "/"}, {"off", "--pod", "ns/"}, {"off", "--pod", "/web"},
 		{"off", "--pod", "ns/web/x"}, {"off", "--bpffs="}, {"on", "--bpffs="}, {"load", "--bpffs="}, {"unload", "--bpffs="},
+		{"doctor", "--config="}, {"doctor", "--cni-conf-dir="}, {"doctor", "--cni-bin-dir="}, {"doctor", "--bpffs="},
 		{"load", "--config="}, {"load", "--run-dir="}, {"load", "--cgroup-root="}, {"load", "--bpffs=/"}, {"load", "--run-dir=/."}, {"load", "--cgroup-root=//"},
 	} {
 		f, runDir := newFake(t)
@@ -343,6 +347,11 @@ func TestConfigFlag(t *testing.T) {
 	}
 	if code, _, errs := exec(f, "load", "--config", file, "--bpffs", "x/../y"); code != 0 || f.bpffs != filepath.Join(here, "y") {
 		t.Errorf("code %d, bpffs %s: %s", code, f.bpffs, errs)
+	}
+	// The one that is found is taken as strictly as one that is named.
+	write(`{"type":"skipstack","x":1}`)
+	if code, out, errs := exec(f, "doctor", "--cni-conf-dir", filepath.Dir(file)); code != 2 || out != "" || !strings.Contains(errs, `unknown key "x"`) || !strings.Contains(errs, file) {
+		t.Errorf("doctor: code %d, %s%s", code, out, errs)
 	}
 	for _, entry := range []string{`{"type":"skipstack","x":1}`, `{"type":"bridge"}`, `{`} {
 		write(entry)

@@ -226,8 +226,16 @@ func (e *examination) foresee(rootErr error) {
 	if standing.Loaded && standing.MaxConnections != e.Config.MaxConnections {
 		e.Notes = append(e.Notes, fmt.Sprintf("the datapath was loaded for %d connections: maxConnections takes effect when it is loaded again", standing.MaxConnections))
 	}
-	obstacle := e.obstacle(rootErr, gate.Open)
+	obstacle := e.obstacle(rootErr)
+	unknown := obstacle == "" && !gate.Open && e.ProbeError != ""
+	if obstacle == "" && !gate.Open {
+		obstacle = e.Verdict.String()
+	}
 	e.Pods, e.Asking = plugin.Foresee(e.Config, gate, obstacle)
+	if unknown && e.Config.Mode != plugin.ModeOff {
+		e.Pods = plugin.Outlook{Outcome: plugin.Unknown, Why: "the kernel was not probed"}
+		e.Asking = e.Pods
+	}
 	for _, other := range e.Others {
 		if other.Blocks && !other.Everywhere {
 			e.Notes = append(e.Notes, fmt.Sprintf("pods below cgroup %s are not: see %s of other software", other.Cgroup, other.Program))
@@ -239,7 +247,7 @@ func (e *examination) foresee(rootErr error) {
 }
 
 // obstacle is why no pod can be attached to, "" where nothing is in the way.
-func (e *examination) obstacle(rootErr error, open bool) string {
+func (e *examination) obstacle(rootErr error) string {
 	if rootErr != nil {
 		return "cgroup: " + text(rootErr)
 	}
@@ -253,13 +261,7 @@ func (e *examination) obstacle(rootErr error, open bool) string {
 			return c.Detail
 		}
 	}
-	if open {
-		return ""
-	}
-	if e.ProbeError != "" {
-		return "the kernel was not probed: " + e.ProbeError
-	}
-	return e.Verdict.String()
+	return ""
 }
 
 // kernel is the running one.

@@ -256,6 +256,16 @@ func (h *host) plugin(binDir string) verdict.Probe {
 
 // sameFile compares contents.
 func sameFile(a, b string) (bool, error) {
+	var infos [2]os.FileInfo
+	for i, path := range []string{a, b} {
+		var err error
+		if infos[i], err = os.Stat(path); err != nil {
+			return false, err
+		}
+	}
+	if os.SameFile(infos[0], infos[1]) || infos[0].Size() != infos[1].Size() {
+		return os.SameFile(infos[0], infos[1]), nil
+	}
 	var sums [2][]byte
 	for i, path := range []string{a, b} {
 		f, err := os.Open(path)

@@ -26,9 +26,15 @@ func (r *Report) Print(w io.Writer) error {
 	}
 
 	p.head("The kernel, as far as sockets in a sockhash go")
+	if r.ProbeError != "" {
+		p.row("all probes", string(verdict.CouldNotTell), "not tried")
+	}
 	for _, probe := range r.Verdict.Probes {
+		if r.ProbeError != "" {
+			break
+		}
 		p.probe(probe)
-		if probe.Result == verdict.CouldNotTell && r.ProbeError == "" {
+		if probe.Result == verdict.CouldNotTell {
 			p.row("", "", "counts as not ok and concerns "+verdict.Concerns(probe.Name))
 		}
 	}

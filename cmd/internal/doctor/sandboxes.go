@@ -1,9 +1,7 @@
 package doctor
 
 import (
-	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
@@ -49,9 +47,10 @@ func (h *host) sandboxes() verdict.Probe {
 	for _, pattern := range runtimeConfigs {
 		files, _ := filepath.Glob(h.path(pattern))
 		for _, file := range files {
-			values, err := runtimeValues(file)
-			if errors.Is(err, fs.ErrNotExist) {
-				continue
+			var values []string
+			raw, err := os.ReadFile(file)
+			if err == nil {
+				values, err = runtimeValues(raw)
 			}
 			where := "/" + strings.TrimPrefix(strings.TrimPrefix(file, h.root), "/")
 			if err != nil {
@@ -89,12 +88,8 @@ func (h *host) sandboxes() verdict.Probe {
 	return ok(checkSandboxes, "no runtime with a TCP stack of its own was found")
 }
 
-// runtimeValues are the strings in a TOML file that name runtimes' programs.
-func runtimeValues(path string) ([]string, error) {
-	raw, err := os.ReadFile(path)
-	if err != nil {
-		return nil, err
-	}
+// runtimeValues are the strings in a runtime's configuration that name runtimes' programs.
+func runtimeValues(raw []byte) ([]string, error) {
 	var doc map[string]any
 	if err := toml.Unmarshal(raw, &doc); err != nil {
 		return nil, fmt.Errorf("read TOML: %w", err)
