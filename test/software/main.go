@@ -75,7 +75,8 @@ func (c testCase) String() string { return c.software + ": " + c.name }
 func allCases() []testCase {
 	var all []testCase
 	for _, some := range [][]testCase{
-		nginxCases(), redisCases(), postgresCases(), goCases(), proxyCases(),
+		nginxCases(), redisCases(), postgresCases(), goCases(), proxyCases(), haproxyCases(),
+		curlCases(), sshCases(), runtimeCases(), iperfCases(),
 	} {
 		all = append(all, some...)
 	}
