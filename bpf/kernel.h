@@ -59,12 +59,18 @@ struct sock_cgroup_data {
 	struct cgroup *cgroup;
 };
 
+struct inode {
+	unsigned short i_mode;
+};
+
 struct file {
 	unsigned int f_flags;
+	struct inode *f_inode;
 };
 
 struct socket {
 	struct file *file;
+	struct sock *sk;
 };
 
 struct sk_buff_head {
@@ -154,14 +160,58 @@ struct bpf_sock_ops_kern {
 	struct sk_buff *skb;
 };
 
+struct list_head {
+	struct list_head *next;
+};
+
 struct sk_psock {
 	struct sk_buff_head ingress_skb;
+	struct list_head link; /* of struct sk_psock_link, one for each map it is in */
+};
+
+struct sk_psock_link {
+	struct list_head list;
+	struct bpf_map *map;
 };
 
 struct sk_buff {
 	char cb[48]; /* struct tcp_skb_cb begins with seq and end_seq */
 	__u8 sw_hash : 1;
 	__u32 hash;
+};
+
+struct thread_info {
+	__u32 status; /* x86 */
+};
+
+struct task_struct {
+	struct thread_info thread_info;
+	unsigned int flags;
+	void *worker_private; /* of an io_uring worker: struct io_worker */
+};
+
+/* The registers of a process that is in a system call: one architecture's or the
+ * other's. Relocation leaves out what follows "___". */
+struct pt_regs___x86 {
+	unsigned long orig_ax;
+};
+
+struct pt_regs___arm64 {
+	__u64 pstate;
+	__s32 syscallno;
+};
+
+struct io_wq_work {
+	char unused;
+};
+
+struct io_worker {
+	struct io_wq_work *cur_work;
+};
+
+struct io_kiocb {
+	__u8 opcode;
+	struct io_wq_work work;
 };
 
 #pragma clang attribute pop

@@ -2,11 +2,13 @@ package bpf
 
 import "crypto/sha256"
 
-// Build identifies the embedded object file: programs with the same build are
+// Build identifies the embedded object files: programs with the same build are
 // the same programs.
 func Build() [16]byte {
-	sum := sha256.Sum256(_DatapathBytes)
-	return [16]byte(sum[:16])
+	h := sha256.New()
+	h.Write(_DatapathBytes)
+	h.Write(_GuardBytes)
+	return [16]byte(h.Sum(nil))
 }
 
 // MessageLabels names each enum message_outcome for people, JSON and metrics.

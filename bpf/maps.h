@@ -4,12 +4,7 @@
 
 #include "config.h"
 #include "counters.h"
-#include "keys.h"
-
-/* User space sets the sizes of these from maxConnections before loading:
- * `socks` and `funnel_next` hold two entries a connection, `connections` only
- * those whose client has not sent yet. */
-#define DEFAULT_MAX_CONNECTIONS 262144
+#include "socks.h"
 
 enum connection_state {
 	SYN_SEEN, /* a listener in an enabled pod is answering this SYN */
@@ -44,17 +39,6 @@ struct {
 	__type(key, struct end_key);
 	__type(value, struct connection);
 } connections SEC(".maps");
-
-/* The sockets that may be redirected to, keyed by their own end and the secret.
- * Writer: sock_ops. Reader: sk_msg (redirect). Removed by the kernel when a
- * socket leaves TCP_ESTABLISHED for good; by sock_ops only before the first
- * byte could have been redirected to it. */
-struct {
-	__uint(type, BPF_MAP_TYPE_SOCKHASH);
-	__uint(max_entries, 2 * DEFAULT_MAX_CONNECTIONS);
-	__type(key, struct sock_key);
-	__type(value, __u64);
-} socks SEC(".maps");
 
 enum endpoint_mode {
 	ENDPOINT_UNDECIDED, /* a client that has not sent yet */

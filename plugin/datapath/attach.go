@@ -62,8 +62,22 @@ func linked(path string, id uint64) (bool, error) {
 
 // Attach attaches the sock_ops program to the cgroup and pins the link, unless
 // that was done before; created tells. The pod takes no part before [Set.SetPod].
-// cgroupID is the inode number of the open directory.
+// cgroupID is the inode number of the open directory. An error that wraps
+// [ErrGuard] says that the pod is attached, but not guarded.
 func (s *Set) Attach(cgroup *os.File, cgroupID uint64) (created bool, err error) {
+	var guardErr error
+	if s.dir != "" {
+		// Held to the end, so that nobody detaches the guard in between.
+		g := s.guardPins()
+		unlock, err := g.lock()
+		if err != nil {
+			return false, err
+		}
+		defer unlock()
+		if guardErr = g.settle(true); guardErr != nil && !errors.Is(guardErr, ErrGuard) {
+			return false, guardErr
+		}
+	}
 	if created, err = s.attach(cgroup, cgroupID); err != nil {
 		return false, err
 	}
@@ -72,7 +86,7 @@ func (s *Set) Attach(cgroup *os.File, cgroupID uint64) (created bool, err error)
 	if err != nil && !errors.Is(err, ebpf.ErrKeyExist) {
 		return false, fmt.Errorf("make counters for cgroup %d: %w", cgroupID, err)
 	}
-	return created, nil
+	return created, guardErr
 }
 
 func (s *Set) attach(cgroup *os.File, cgroupID uint64) (created bool, err error) {
@@ -132,8 +146,8 @@ func Links(bpffs string) ([]uint64, error) {
 // pinned is what can be opened of a published set, however little: cleaning up
 // must work where loading does not.
 type pinned struct {
-	dir                           string
-	pods, count, switches, funnel *ebpf.Map
+	dir                                       string
+	pods, count, switches, funnel, ctl, socks *ebpf.Map
 }
 
 func openPinned(dir string) pinned {
@@ -150,11 +164,31 @@ func openPinned(dir string) pinned {
 		count:    open(bpf.DatapathMapPodsCount),
 		switches: open(bpf.DatapathMapSkipstackSwitch),
 		funnel:   open(bpf.DatapathMapFunnelNext),
+		ctl:      open(bpf.DatapathMapSkipstackCtl),
+		socks:    open(bpf.DatapathMapSocks),
 	}
 }
 
+// settleGuard detaches the guard if the last socket is gone with the last pod, and
+// attaches it again if somebody has removed its pin.
+func (p pinned) settleGuard() error {
+	g := guardPins{dir: p.dir, ctl: p.ctl, switches: p.switches, socks: p.socks}
+	if _, err := os.Stat(g.path("")); errors.Is(err, os.ErrNotExist) {
+		return nil // a set that knows no guard
+	}
+	unlock, err := g.lock()
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	if err := g.settle(false); !errors.Is(err, ErrGuard) {
+		return err
+	}
+	return nil // the pods' risk says so
+}
+
 func (p pinned) close() {
-	for _, m := range []*ebpf.Map{p.pods, p.count, p.switches, p.funnel} {
+	for _, m := range []*ebpf.Map{p.pods, p.count, p.switches, p.funnel, p.ctl, p.socks} {
 		m.Close()
 	}
 }
@@ -252,14 +286,16 @@ func eachLayout(bpffs string, f func(pinned) error) error {
 // DropPod ends a pod's part in acceleration. Absent is no error, and neither the
 // cgroup nor the programs need exist.
 func DropPod(bpffs string, cgroupID uint64) error {
-	return eachLayout(bpffs, func(p pinned) error { return p.drop(cgroupID) })
+	return eachLayout(bpffs, func(p pinned) error { return errors.Join(p.drop(cgroupID), p.settleGuard()) })
 }
 
-// Sweep removes links whose cgroup is gone and parked links whose sockets are.
+// Sweep removes links whose cgroup is gone, parked links whose sockets are, and the
+// splice guard when it has none to guard.
 // It looks at no more than limit links of each kind, chosen at random, so that
 // an ADD can afford it; 0 means all.
 func Sweep(bpffs string, limit int) error {
-	return eachLayout(bpffs, func(p pinned) error {
+	_, orphansErr := sweepOrphans(bpffs)
+	err := eachLayout(bpffs, func(p pinned) error {
 		var errs []error
 		for _, sub := range []string{"parked", "links"} {
 			ids, err := linkIDs(filepath.Join(p.dir, sub))
@@ -272,6 +308,7 @@ func Sweep(bpffs string, limit int) error {
 				errs = append(errs, p.sweep(sub, id))
 			}
 		}
-		return errors.Join(errs...)
+		return errors.Join(append(errs, p.settleGuard())...)
 	})
+	return errors.Join(orphansErr, err)
 }

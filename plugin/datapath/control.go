@@ -70,19 +70,76 @@ func (s *Set) Node() (NodeSettings, error) {
 	if err := s.maps[bpf.DatapathMapSkipstackSwitch].Lookup(bpf.DatapathSwitchSlotSWITCH_OFF, &off); err != nil {
 		return NodeSettings{}, fmt.Errorf("read the switch: %w", err)
 	}
-	return NodeSettings{
+	n := NodeSettings{
 		Open:           ctl.Open != 0,
 		SwitchedOff:    off != 0,
 		Risks:          Risk(ctl.Risks),
 		Funnel:         ctl.Funnel != 0,
 		MPTCPListeners: ctl.MptcpListeners != 0,
-	}, nil
+		Guard:          s.guard,
+	}
+	if s.dir != "" {
+		n.Risks, n.Guard = s.guardPins().risks(n.Risks)
+	}
+	return n, nil
 }
 
 // SetNode opens or closes the node's gate, but for SwitchedOff. The funnel is
 // attached before the gate opens and never detached: enrolled sockets need it
-// for as long as they live.
+// for as long as they live. So does the guard, which goes with the last of them
+// when it is no longer wanted.
+//
+// An error that wraps [ErrGuard] says that all is done, but without a guard and
+// with RiskSplice. Of a private set the guard is attached at once.
 func (s *Set) SetNode(n NodeSettings) error {
+	if s.dir == "" {
+		guardErr := s.setPrivateGuard(n.Guard)
+		if guardErr != nil {
+			n.Risks |= RiskSplice
+		}
+		if err := s.writeNode(n); err != nil {
+			return err
+		}
+		return guardErr
+	}
+	g := s.guardPins()
+	var prog *ebpf.Program
+	var guardErr error
+	if n.Guard != NoGuard && n.Guard != g.wanted() {
+		if prog, guardErr = loadGuard(n.Guard, g.socks); guardErr != nil {
+			n.Guard = NoGuard
+			n.Risks |= RiskSplice
+		}
+		defer prog.Close()
+	}
+	unlock, err := g.lock()
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	running, err := g.attached()
+	if err != nil {
+		return err
+	}
+	if n.Guard != NoGuard {
+		n.Risks &^= RiskSplice
+		if running == 0 {
+			n.Risks |= RiskSplice // until settle has attached it
+		}
+	}
+	if err := s.writeNode(n); err != nil {
+		return err
+	}
+	if err := g.want(n.Guard, prog); err != nil {
+		return err
+	}
+	if err := g.settle(false); err != nil {
+		return err
+	}
+	return guardErr
+}
+
+func (s *Set) writeNode(n NodeSettings) error {
 	ctl, err := s.control()
 	if err != nil {
 		return err

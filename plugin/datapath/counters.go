@@ -102,11 +102,12 @@ func (s *Set) Live() (uint64, error) {
 }
 
 // Enrolled is how many sockets the sockhash holds.
-func (s *Set) Enrolled() (int, error) {
+func (s *Set) Enrolled() (int, error) { return countKeys(s.maps[bpf.DatapathMapSocks]) }
+
+func countKeys(socks *ebpf.Map) (int, error) {
 	var key, next bpf.DatapathSockKey
 	n := 0
-	m := s.maps[bpf.DatapathMapSocks]
-	for err := m.NextKey(nil, &next); ; err = m.NextKey(&key, &next) {
+	for err := socks.NextKey(nil, &next); ; err = socks.NextKey(&key, &next) {
 		if errors.Is(err, ebpf.ErrKeyNotExist) {
 			return n, nil
 		}

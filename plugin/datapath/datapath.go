@@ -4,9 +4,12 @@
 //	<bpffs>/skipstack/              flock: loading, upgrading, unloading
 //	<bpffs>/skipstack/v1/maps/      1 is the [Layout] of the maps
 //	<bpffs>/skipstack/v1/progs/
+//	<bpffs>/skipstack/v1/guard/     the splice guard's program and link, see [Guard]
 //	<bpffs>/skipstack/v1/links/     one per attached pod, named by cgroup id
 //	<bpffs>/skipstack/v1/parked/    links of pods that are gone while sockets of
 //	                                theirs are still closing
+//	<bpffs>/skipstack/guard-N       a splice guard that a set, since replaced, has
+//	                                left to its sockets
 //
 // Nothing here knows of CNI, pods' names or state files.
 package datapath
@@ -117,6 +120,9 @@ type NodeSettings struct {
 	Risks          Risk // risks that this kernel has
 	Funnel         bool // FIONREAD needs the sk_skb verdict program
 	MPTCPListeners bool // accept(2) on an MPTCP listener is safe for sockets in a sockmap
+	// Guard is attached while a pod is, or a socket is enrolled. Read back, Risks
+	// has RiskSplice if it should be attached and is not.
+	Guard Guard
 }
 
 // Accelerates tells if connections of a pod are accelerated, as the programs
@@ -131,6 +137,9 @@ type Set struct {
 	maps  map[string]*ebpf.Map
 	progs map[string]*ebpf.Program
 	links []link.Link // of a private set
+
+	guard     Guard // of a private set
+	guardLink link.Link
 }
 
 // Close releases the descriptors. A private set is gone with it, and so are
@@ -139,6 +148,9 @@ func (s *Set) Close() error {
 	var errs []error
 	for _, l := range s.links {
 		errs = append(errs, l.Close())
+	}
+	if s.guardLink != nil {
+		errs = append(errs, s.guardLink.Close())
 	}
 	for _, m := range s.maps {
 		errs = append(errs, m.Close())

@@ -60,8 +60,12 @@ func Load(ctx context.Context, bpffs string, o LoadOptions) (*Set, error) {
 		return nil, err
 	}
 	if damaged {
-		// Sockets keep their programs; the links stop with their pins.
-		if err := discard(layout(bpffs)); err != nil {
+		// Sockets keep their programs, and the guard; links stop with their pins.
+		err := orphanGuard(bpffs, layout(bpffs))
+		if err == nil {
+			err = discard(layout(bpffs))
+		}
+		if err != nil {
 			s.Close()
 			return nil, fmt.Errorf("remove the rest of a damaged datapath: %w", err)
 		}
@@ -229,7 +233,7 @@ func (s *Set) publish(bpffs string) (err error) {
 			discard(tmp)
 		}
 	}()
-	for _, d := range []string{"", "maps", "progs", "links", "parked"} {
+	for _, d := range []string{"", "maps", "progs", "links", "parked", "guard"} {
 		if err := os.Mkdir(filepath.Join(tmp, d), 0o700); err != nil {
 			return fmt.Errorf("publish the datapath: %w", err)
 		}
@@ -298,7 +302,7 @@ func Upgrade(ctx context.Context, bpffs string, o LoadOptions) (s *Set, changed 
 
 // replacePrograms loads this build's programs on the maps of the set and puts
 // them in place. The lock is held.
-func (s *Set) replacePrograms(bpffs string, ctl bpf.DatapathControl, window time.Duration) (fresh *Set, err error) {
+func (s *Set) replacePrograms(bpffs string, ctl bpf.DatapathControl, window time.Duration) (_ *Set, err error) {
 	spec, err := bpf.LoadDatapath()
 	if err != nil {
 		return nil, fmt.Errorf("read the embedded programs: %w", err)
@@ -306,7 +310,7 @@ func (s *Set) replacePrograms(bpffs string, ctl bpf.DatapathControl, window time
 	for name, m := range s.maps {
 		spec.Maps[name].MaxEntries = m.MaxEntries()
 	}
-	fresh, err = load(spec, s.maps, window)
+	fresh, err := load(spec, s.maps, window)
 	if err != nil {
 		return nil, err
 	}
@@ -345,11 +349,28 @@ func (s *Set) replacePrograms(bpffs string, ctl bpf.DatapathControl, window time
 	if err := errors.Join(errs...); err != nil {
 		return nil, fmt.Errorf("update the pods' links: %w", err)
 	}
-	ctl.Build = bpf.Build()
-	if err := fresh.maps[bpf.DatapathMapSkipstackCtl].Put(uint32(0), ctl); err != nil {
-		return nil, fmt.Errorf("record the build: %w", err)
+	fresh.renewGuard()
+	if err := fresh.recordBuild(); err != nil {
+		return nil, err
 	}
 	return fresh, nil
+}
+
+func (s *Set) recordBuild() error {
+	unlock, err := s.guardPins().lock()
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	ctl, err := s.control()
+	if err != nil {
+		return err
+	}
+	ctl.Build = bpf.Build()
+	if err := s.maps[bpf.DatapathMapSkipstackCtl].Put(uint32(0), ctl); err != nil {
+		return fmt.Errorf("record the build: %w", err)
+	}
+	return nil
 }
 
 func updateLink(path string, prog *ebpf.Program) error {

@@ -59,6 +59,9 @@ func Unload(ctx context.Context, bpffs string, force bool) (Remaining, error) {
 		left.Sockets += sockets
 		return err
 	})
+	orphans, orphansErr := sweepOrphans(bpffs)
+	left.Sockets += orphans
+	err = errors.Join(err, orphansErr)
 	if err == nil && left.Sockets == 0 {
 		err = os.Remove(root(bpffs))
 	}
@@ -87,6 +90,12 @@ func (p pinned) unload() (sockets uint64, err error) {
 	errs = append(errs, err)
 	for _, id := range parked {
 		sockets += p.live(id)
+	}
+	running, err := linkProgram(guardPins{dir: p.dir}.path("link"))
+	errs = append(errs, err)
+	if sockets == 0 && running != 0 && p.socks != nil {
+		// Those whose pods' cgroups went first do not count as live.
+		sockets = members(p.socks)
 	}
 	if err := errors.Join(errs...); err != nil || sockets > 0 {
 		return sockets, err

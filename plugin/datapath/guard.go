@@ -1,0 +1,419 @@
+package datapath
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+
+	"github.com/skipstack/skipstack/bpf"
+)
+
+// Guard is a form of the splice guard: the program that refuses splice(2) and
+// sendfile(2) from enrolled sockets, where they would not see redirected bytes.
+type Guard string
+
+const (
+	NoGuard      Guard = ""
+	GuardLSM     Guard = "lsm"      // BPF LSM: CONFIG_BPF_LSM, and bpf among the kernel's LSMs
+	GuardFmodRet Guard = "fmod_ret" // on the function that calls the LSMs
+)
+
+// Guards lists the forms, the one to be preferred first. A form that attaches need
+// not work: the BPF LSM attaches where the kernel never calls it.
+func Guards() []Guard { return []Guard{GuardLSM, GuardFmodRet} }
+
+// ErrGuard is wrapped by errors of [Set.SetNode] and [Set.Attach] that say that
+// the splice guard is not attached, and nothing else: what was asked for is done,
+// with [RiskSplice] present.
+var ErrGuard = errors.New("the splice guard cannot be attached")
+
+// guardWait is how long a process waits for others that attach pods: they need
+// no more than milliseconds.
+const guardWait = 5 * time.Second
+
+// loadGuard loads the guard's program for the sockets of one sockhash.
+func loadGuard(form Guard, socks *ebpf.Map) (*ebpf.Program, error) {
+	name, ok := map[Guard]string{GuardLSM: bpf.GuardProgGuardLsm, GuardFmodRet: bpf.GuardProgGuardFmodRet}[form]
+	if !ok {
+		return nil, fmt.Errorf("%w: no form %q", ErrGuard, form)
+	}
+	spec, err := bpf.LoadGuard()
+	if err != nil {
+		return nil, fmt.Errorf("read the embedded guard: %w", err)
+	}
+	spec.Programs = map[string]*ebpf.ProgramSpec{name: spec.Programs[name]}
+	spec.Maps[bpf.GuardMapSocks].MaxEntries = socks.MaxEntries()
+	coll, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{
+		MapReplacements: map[string]*ebpf.Map{bpf.GuardMapSocks: socks},
+	})
+	if err != nil {
+		return nil, fmt.Errorf("%w: load its %s program: %w", ErrGuard, form, err)
+	}
+	defer coll.Close()
+	return coll.DetachProgram(name), nil
+}
+
+func attachGuard(form Guard, prog *ebpf.Program) (l link.Link, err error) {
+	if form == GuardLSM {
+		l, err = link.AttachLSM(link.LSMOptions{Program: prog})
+	} else {
+		l, err = link.AttachTracing(link.TracingOptions{Program: prog, AttachType: ebpf.AttachModifyReturn})
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%w: attach its %s program: %w", ErrGuard, form, err)
+	}
+	return l, nil
+}
+
+// setPrivateGuard puts the wanted form, or none, in the place of what a private
+// set has. Nobody else attaches pods to such a set.
+func (s *Set) setPrivateGuard(form Guard) error {
+	if form == s.guard {
+		return nil
+	}
+	var fresh link.Link
+	if form != NoGuard {
+		prog, err := loadGuard(form, s.maps[bpf.DatapathMapSocks])
+		if err != nil {
+			return err
+		}
+		defer prog.Close() // the link holds it
+		if fresh, err = attachGuard(form, prog); err != nil {
+			return err
+		}
+	}
+	if s.guardLink != nil {
+		if err := s.guardLink.Close(); err != nil {
+			return fmt.Errorf("detach the splice guard: %w", err)
+		}
+	}
+	s.guard, s.guardLink = form, fresh
+	return nil
+}
+
+// guardPins is the splice guard of a published set:
+//
+//	guard/lsm or guard/fmod_ret   the program, in the form that is wanted; none: no guard
+//	guard/link                    exists while the guard is attached
+//
+// While a form is wanted, the bit RiskSplice of control.risks says that the guard is
+// not attached, so no socket can be enrolled unguarded. The layout directory's lock
+// is held by whoever changes any of these, or attaches a pod.
+type guardPins struct {
+	dir                  string // of the layout
+	ctl, switches, socks *ebpf.Map
+}
+
+func (g guardPins) path(name string) string { return filepath.Join(g.dir, "guard", name) }
+
+func (g guardPins) lock() (unlock func(), err error) {
+	ctx, cancel := context.WithTimeout(context.Background(), guardWait)
+	defer cancel()
+	f, err := flock(ctx, g.dir)
+	if err != nil {
+		return nil, err
+	}
+	return func() { f.Close() }, nil
+}
+
+// wanted is the form whose program is pinned.
+func (g guardPins) wanted() Guard {
+	for _, form := range Guards() {
+		if _, err := os.Stat(g.path(string(form))); err == nil {
+			return form
+		}
+	}
+	return NoGuard
+}
+
+// want pins the program of a form, which may be nil if it is pinned already, and
+// unpins those of the others.
+func (g guardPins) want(form Guard, prog *ebpf.Program) error {
+	if err := os.Mkdir(filepath.Join(g.dir, "guard"), 0o700); err != nil && !errors.Is(err, os.ErrExist) {
+		return fmt.Errorf("pin the splice guard: %w", err)
+	}
+	if prog != nil {
+		if err := pinOver(g.path(string(form)), prog.Pin); err != nil {
+			return fmt.Errorf("pin the splice guard: %w", err)
+		}
+	}
+	for _, other := range Guards() {
+		if other == form {
+			continue
+		}
+		if err := os.Remove(g.path(string(other))); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return fmt.Errorf("unpin the splice guard: %w", err)
+		}
+	}
+	return nil
+}
+
+// pinOver pins something in the place of whatever is there.
+func pinOver(path string, pin func(string) error) error {
+	// Left by a process that was killed. The lock is held.
+	fresh := path + "-new"
+	if err := os.Remove(fresh); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	if err := pin(fresh); err != nil {
+		return err
+	}
+	return os.Rename(fresh, path)
+}
+
+// attached returns the program that the pinned link runs, 0 if there is none.
+func (g guardPins) attached() (ebpf.ProgramID, error) { return linkProgram(g.path("link")) }
+
+func linkProgram(path string) (ebpf.ProgramID, error) {
+	l, err := link.LoadPinnedLink(path, nil)
+	if errors.Is(err, os.ErrNotExist) {
+		return 0, nil
+	}
+	if err != nil {
+		return 0, fmt.Errorf("open the splice guard's link: %w", err)
+	}
+	defer l.Close()
+	info, err := l.Info()
+	if err != nil {
+		return 0, fmt.Errorf("read the splice guard's link: %w", err)
+	}
+	return info.Program, nil
+}
+
+// hasPods tells if a pod is attached, or one that is gone has sockets.
+func (g guardPins) hasPods() bool {
+	for _, sub := range []string{"links", "parked"} {
+		f, err := os.Open(filepath.Join(g.dir, sub))
+		if err != nil {
+			continue
+		}
+		_, err = f.Readdirnames(1)
+		f.Close()
+		if err != io.EOF {
+			return true
+		}
+	}
+	return false
+}
+
+// hasMembers tells if a sockhash holds a socket. What cannot be read may.
+func hasMembers(socks *ebpf.Map) bool {
+	var first bpf.DatapathSockKey
+	return socks == nil || !errors.Is(socks.NextKey(nil, &first), ebpf.ErrKeyNotExist)
+}
+
+// settle attaches the guard if it is wanted and a socket is or may be enrolled,
+// replaces it if it is another program's, and detaches it if no socket is enrolled
+// and none can be, or will be guarded. arriving tells that a pod is about to be
+// attached. The lock is held.
+func (g guardPins) settle(arriving bool) error {
+	running, err := g.attached()
+	if err != nil {
+		return err
+	}
+	form, members := g.wanted(), hasMembers(g.socks)
+	inUse := members || arriving || g.hasPods()
+	switch {
+	case form != NoGuard && inUse:
+		guardErr := g.attach(form, running)
+		// One that runs, but is not the wanted one, guards as well.
+		if err := g.setRisk(guardErr != nil && running == 0); err != nil {
+			return err
+		}
+		return guardErr
+	case running != 0 && !members:
+		if form != NoGuard {
+			if err := g.setRisk(true); err != nil {
+				return err
+			}
+		}
+		if err := os.Remove(g.path("link")); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return fmt.Errorf("detach the splice guard: %w", err)
+		}
+	case form != NoGuard && running == 0:
+		return g.setRisk(true)
+	}
+	return nil
+}
+
+func (g guardPins) attach(form Guard, running ebpf.ProgramID) error {
+	prog, err := ebpf.LoadPinnedProgram(g.path(string(form)), nil)
+	if err != nil {
+		return fmt.Errorf("%w: open its program: %w", ErrGuard, err)
+	}
+	defer prog.Close()
+	info, err := prog.Info()
+	if err != nil {
+		return fmt.Errorf("%w: read its program: %w", ErrGuard, err)
+	}
+	if id, ok := info.ID(); ok && id == running {
+		return nil
+	}
+	l, err := attachGuard(form, prog)
+	if err != nil {
+		return err
+	}
+	defer l.Close()
+	if err := pinOver(g.path("link"), l.Pin); err != nil {
+		return fmt.Errorf("%w: pin its link: %w", ErrGuard, err)
+	}
+	return nil
+}
+
+// setRisk brings the bit RiskSplice up to date.
+func (g guardPins) setRisk(present bool) error {
+	if g.ctl == nil {
+		return nil // damaged: nothing is enrolled by it any more
+	}
+	var ctl bpf.DatapathControl
+	if err := g.ctl.Lookup(uint32(0), &ctl); err != nil {
+		return fmt.Errorf("read the node's settings: %w", err)
+	}
+	risks := ctl.Risks &^ uint32(RiskSplice)
+	if present {
+		risks |= uint32(RiskSplice)
+	}
+	if risks == ctl.Risks {
+		return nil
+	}
+	ctl.Risks = risks
+	if err := g.ctl.Put(uint32(0), ctl); err != nil {
+		return fmt.Errorf("write the node's settings: %w", err)
+	}
+	if g.switches == nil {
+		return nil
+	}
+	return nextGeneration(g.switches)
+}
+
+// risks is what pods meet: the guard comes with the first one.
+func (g guardPins) risks(r Risk) (Risk, Guard) {
+	form := g.wanted()
+	if form == NoGuard {
+		return r, form
+	}
+	_, err := os.Stat(g.path("link"))
+	if err == nil || !g.hasPods() {
+		return r &^ RiskSplice, form
+	}
+	return r | RiskSplice, form
+}
+
+func (s *Set) guardPins() guardPins {
+	return guardPins{
+		dir: s.dir, ctl: s.maps[bpf.DatapathMapSkipstackCtl],
+		switches: s.maps[bpf.DatapathMapSkipstackSwitch], socks: s.maps[bpf.DatapathMapSocks],
+	}
+}
+
+// renewGuard puts this build's program in the place of another's. Where that fails
+// the other goes on: what becomes of it is for this build's verdict to say.
+func (s *Set) renewGuard() {
+	g := s.guardPins()
+	form := g.wanted()
+	if form == NoGuard {
+		return
+	}
+	prog, err := loadGuard(form, g.socks)
+	if err != nil {
+		return
+	}
+	defer prog.Close()
+	if unlock, err := g.lock(); err == nil {
+		defer unlock()
+		if g.want(form, prog) == nil {
+			_ = g.settle(false)
+		}
+	}
+}
+
+// orphanPrefix begins the names of guards' links, in the directory of all layouts,
+// whose set was replaced while it had sockets.
+const orphanPrefix = "guard-"
+
+// orphanGuard keeps the guard of a set that is about to be discarded, for the
+// sockets that it may have.
+func orphanGuard(bpffs, dir string) error {
+	pin := guardPins{dir: dir}.path("link")
+	id, err := linkProgram(pin)
+	if err != nil || id == 0 {
+		return err
+	}
+	return os.Rename(pin, filepath.Join(root(bpffs), fmt.Sprintf("%s%d", orphanPrefix, id)))
+}
+
+// sweepOrphans detaches guards whose last socket is gone, and returns how many
+// are left. A guard's program leads to its sockhash.
+func sweepOrphans(bpffs string) (left uint64, err error) {
+	entries, err := os.ReadDir(root(bpffs))
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return 0, fmt.Errorf("look for splice guards: %w", err)
+	}
+	var errs []error
+	for _, e := range entries {
+		if !strings.HasPrefix(e.Name(), orphanPrefix) {
+			continue
+		}
+		path := filepath.Join(root(bpffs), e.Name())
+		if n := guarded(path); n > 0 {
+			left += n
+			continue
+		}
+		if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+			errs = append(errs, fmt.Errorf("detach a splice guard: %w", err))
+		}
+	}
+	return left, errors.Join(errs...)
+}
+
+// guarded is how many sockets the guard of a pinned link guards, at least 1 where
+// that cannot be told.
+func guarded(path string) uint64 {
+	const unknown = 1
+	id, err := linkProgram(path)
+	if err != nil {
+		return unknown
+	}
+	prog, err := ebpf.NewProgramFromID(id)
+	if err != nil {
+		return unknown
+	}
+	defer prog.Close()
+	info, err := prog.Info()
+	if err != nil {
+		return unknown
+	}
+	ids, _ := info.MapIDs()
+	for _, id := range ids {
+		m, err := ebpf.NewMapFromID(id)
+		if err != nil {
+			return unknown
+		}
+		n := uint64(0)
+		if m.Type() == ebpf.SockHash {
+			n = members(m)
+		}
+		m.Close()
+		if n > 0 {
+			return n
+		}
+	}
+	return 0
+}
+
+// members counts the sockets of a sockhash.
+func members(socks *ebpf.Map) uint64 {
+	n, err := countKeys(socks)
+	if err != nil && n == 0 {
+		n = 1
+	}
+	return uint64(n)
+}
