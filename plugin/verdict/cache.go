@@ -10,6 +10,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -23,7 +24,7 @@ const (
 	filePrefix = "verdict-"
 	tmpPrefix  = ".verdict-"
 	// format is raised when the meaning of the file changes.
-	format = 1
+	format = 2
 	// maxFile is many times what a verdict takes.
 	maxFile = 64 << 10
 	// tmpAge is when a temporary file belongs to nobody who still writes it.
@@ -38,6 +39,7 @@ type wire struct {
 	Probes         []Probe   `json:"probes"`
 	Funnel         bool      `json:"funnel"`
 	MPTCPListeners bool      `json:"mptcpListeners"`
+	Guard          string    `json:"guard"` // a datapath.Guard
 	Kernel         string    `json:"kernel"`
 	BootID         string    `json:"bootID"`
 	Build          string    `json:"build"`
@@ -53,6 +55,7 @@ func (v *Verdict) MarshalJSON() ([]byte, error) {
 		Probes:         v.Probes,
 		Funnel:         v.Funnel,
 		MPTCPListeners: v.MPTCPListeners,
+		Guard:          string(v.Guard),
 		Kernel:         v.Kernel,
 		BootID:         v.BootID,
 		Build:          hex.EncodeToString(v.Build[:]),
@@ -86,7 +89,11 @@ func decode(data []byte) (*Verdict, error) {
 			return nil, fmt.Errorf("probe %s has result %q", p.Name, p.Result)
 		}
 	}
-	v := &Verdict{Funnel: w.Funnel, Probes: w.Probes, Kernel: w.Kernel, BootID: w.BootID, ProbedAt: w.ProbedAt}
+	guard := datapath.Guard(w.Guard)
+	if guard != datapath.NoGuard && !slices.Contains(datapath.Guards(), guard) {
+		return nil, fmt.Errorf("unknown guard %q", w.Guard)
+	}
+	v := &Verdict{Funnel: w.Funnel, Guard: guard, Probes: w.Probes, Kernel: w.Kernel, BootID: w.BootID, ProbedAt: w.ProbedAt}
 	if n, err := hex.Decode(v.Build[:], []byte(w.Build)[:min(len(w.Build), 2*len(v.Build))]); err != nil || len(w.Build) != 2*n || n != len(v.Build) {
 		return nil, fmt.Errorf("malformed build %q", w.Build)
 	}
@@ -98,6 +105,9 @@ func decode(data []byte) (*Verdict, error) {
 			return nil, fmt.Errorf("unknown risk %q", name)
 		}
 		risks |= r
+	}
+	if v.Guard != datapath.NoGuard && v.Risks&datapath.RiskSplice != 0 {
+		return nil, fmt.Errorf("guard %q does not follow from the probes", v.Guard)
 	}
 	if v.Level != w.Verdict || v.Risks != risks || v.MPTCPListeners != w.MPTCPListeners {
 		return nil, fmt.Errorf("verdict %q and risks %q do not follow from the probes", w.Verdict, w.Risks)

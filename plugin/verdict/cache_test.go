@@ -93,8 +93,8 @@ func TestCachedRefuses(t *testing.T) {
 		"not an object":    "[]",
 		"more":             good + "{}",
 		"null":             "null",
-		"foreign format":   strings.Replace(good, `"format":1`, `"format":2`, 1),
-		"unknown member":   strings.Replace(good, `"format":1`, `"format":1,"colour":"red"`, 1),
+		"foreign format":   strings.Replace(good, `"format":2`, `"format":3`, 1),
+		"unknown member":   strings.Replace(good, `"format":2`, `"format":2,"colour":"red"`, 1),
 		"unknown result":   strings.Replace(good, `"not ok"`, `"maybe"`, 1),
 		"unknown risk":     strings.Replace(good, `["splice"]`, `["splice","rain"]`, 1),
 		"missing risk":     strings.Replace(good, `["splice"]`, `[]`, 1),
@@ -248,7 +248,7 @@ func FuzzDecode(f *testing.F) {
 		data := encoded(f, v)
 		f.Add(data)
 		f.Add(data[:len(data)-2])
-		f.Add(bytes.Replace(data, []byte(`"format":1`), []byte(`"format":0`), 1))
+		f.Add(bytes.Replace(data, []byte(`"format":2`), []byte(`"format":0`), 1))
 		f.Add(bytes.Replace(data, []byte(`"probedAt":"0001`), []byte(`"probedAt":"9999`), 1))
 		f.Add(bytes.Replace(data, []byte(`"build":"01`), []byte(`"build":"é`), 1))
 	}

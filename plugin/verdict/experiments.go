@@ -26,6 +26,8 @@ const (
 	expFlood    = "flood"
 	expWake     = "wake"
 	expCrowd    = "crowd"
+	expSplice   = "splice"
+	expProxy    = "proxy"
 )
 
 var experiments = map[string]experiment{
@@ -35,6 +37,8 @@ var experiments = map[string]experiment{
 	expFlood:    flood,
 	expWake:     wake,
 	expCrowd:    crowd,
+	expSplice:   spliceFrom,
+	expProxy:    proxy,
 }
 
 // asFault tells faults of the kernel from experiments that did not come off.

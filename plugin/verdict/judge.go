@@ -2,11 +2,13 @@ package verdict
 
 import (
 	"context"
+	"errors"
 	"fmt"
-)
+	"io/fs"
+	"strings"
 
-const noGuard = "no splice guard in this build: splice(2) from an accelerated connection does not see redirected bytes, " +
-	"so proxies that use it (Go's io.Copy between TCP connections, HAProxy) would hang"
+	"github.com/skipstack/skipstack/plugin/datapath"
+)
 
 // redirect asks whether redirected bytes arrive: all of them by redirecting,
 // none by TCP.
@@ -232,4 +234,100 @@ func (p *prober) epoll(ctx context.Context) error {
 	}
 	p.v.set(ProbeEpoll, OK, "epoll, level and edge triggered, wakes for redirected bytes and for bytes that came by TCP")
 	return nil
+}
+
+// noGuard is what it means that splice(2) is neither refused nor works.
+const noGuard = "splice(2) from an accelerated connection does not see redirected bytes, " +
+	"so proxies that use it (Go's io.Copy between TCP connections, HAProxy) would hang"
+
+// splice asks whether splice(2) from an accelerated connection sees redirected
+// bytes, and if not, which form of the guard makes it say so.
+func (p *prober) splice(ctx context.Context) error {
+	forms := append([]datapath.Guard{datapath.NoGuard}, datapath.Guards()...)
+	guard, result, why, err := chooseGuard(forms, func(form datapath.Guard) (Result, string, error) {
+		p.node.Guard = form
+		err := p.set.SetNode(p.node)
+		if errors.Is(err, datapath.ErrGuard) {
+			return NotOK, guardTrouble(err), nil
+		}
+		if err != nil {
+			return "", "", err
+		}
+		return p.trySplice(ctx)
+	})
+	if err != nil {
+		return err
+	}
+	if result == OK {
+		p.v.Guard = guard
+		p.v.set(ProbeSplice, OK, why)
+		return nil
+	}
+	p.node.Guard = datapath.NoGuard
+	p.v.set(ProbeSplice, result, noGuard+" (no splice guard: "+why+")")
+	return p.set.SetNode(p.node)
+}
+
+// chooseGuard returns the first form that is ok, with what try said of it. If none
+// is, the result is that none is ok, or that try could not tell of some, and why
+// is what it said of all real ones.
+func chooseGuard(forms []datapath.Guard, try func(datapath.Guard) (Result, string, error)) (datapath.Guard, Result, string, error) {
+	all := NotOK
+	var whys []string
+	for _, form := range forms {
+		result, why, err := try(form)
+		if err != nil {
+			return datapath.NoGuard, "", "", err
+		}
+		switch {
+		case result == OK:
+			return form, OK, why, nil
+		case result == CouldNotTell:
+			all = CouldNotTell
+		}
+		if form != datapath.NoGuard || result == CouldNotTell {
+			whys = append(whys, strings.TrimPrefix(fmt.Sprintf("%s: %s", form, why), ": "))
+		}
+	}
+	return datapath.NoGuard, all, strings.Join(whys, "; "), nil
+}
+
+// guardTrouble is why a guard cannot be attached, in a few words.
+func guardTrouble(err error) string {
+	if errors.Is(err, fs.ErrPermission) {
+		return "the kernel does not permit it"
+	}
+	return strings.TrimPrefix(err.Error(), datapath.ErrGuard.Error()+": ")
+}
+
+// trySplice asks with the guard that is attached.
+func (p *prober) trySplice(ctx context.Context) (Result, string, error) {
+	o, err := p.observe(ctx, expSplice, allRedirected, settle)
+	switch {
+	case err != nil:
+		return "", "", err
+	case o.Fault != "":
+		return NotOK, o.Fault, nil
+	case o.trouble != "":
+		return CouldNotTell, o.trouble, nil
+	case o.redirected().Bytes != o.Sent:
+		return CouldNotTell, fmt.Sprintf("%d bytes were redirected where %d should have been (%s)", o.redirected().Bytes, o.Sent, o.passed()), nil
+	case o.Spliced == spliceBlind:
+		return NotOK, "it does not refuse splice(2)", nil
+	}
+	did := o.Spliced
+	if o, err = p.observe(ctx, expProxy, allRedirected, settle); err != nil {
+		return "", "", err
+	}
+	switch {
+	case o.Fault != "":
+		return NotOK, "a Go io.Copy proxy fails: " + o.Fault, nil
+	case o.trouble != "":
+		return CouldNotTell, "a Go io.Copy proxy: " + o.trouble, nil
+	case o.redirected().Messages == 0:
+		return CouldNotTell, fmt.Sprintf("nothing was redirected (%s)", o.passed()), nil
+	case did == spliceWorks:
+		return OK, "splice(2) from an accelerated connection sees redirected bytes, and a Go io.Copy proxy passes", nil
+	}
+	return OK, fmt.Sprintf("splice(2) and sendfile(2) from an accelerated connection are refused (guard: %s), and a Go io.Copy proxy passes", p.node.Guard), nil
 }

@@ -108,7 +108,7 @@ var fakes = map[string]func(map[string]experiment){
 }
 
 func init() {
-	for _, name := range []string{expExchange, expShuffle, expWaiting, expFlood, expWake} {
+	for _, name := range []string{expExchange, expShuffle, expWaiting, expFlood, expWake, expSplice, expProxy} {
 		fakes["hang "+name] = func(table map[string]experiment) { table[name] = hang }
 	}
 }

@@ -180,7 +180,6 @@ func (v *Verdict) unloadable(err error) {
 		v.set(k.name, CouldNotTell, "not tried: the programs do not load")
 	}
 	v.set(ProbeLoad, NotOK, err.Error())
-	v.set(ProbeSplice, NotOK, noGuard)
 	v.conclude()
 }
 
@@ -235,7 +234,7 @@ func (p *prober) probe(ctx context.Context) (err error) {
 	}
 	judges := []func(context.Context) error{
 		p.fionread, // tells how the datapath is to be set up for the others
-		p.redirect, p.charged, p.epoll,
+		p.redirect, p.charged, p.epoll, p.splice,
 		p.order, // may take what the others left of the budget
 	}
 	for i, judge := range judges {
@@ -244,7 +243,6 @@ func (p *prober) probe(ctx context.Context) (err error) {
 			return err
 		}
 	}
-	p.v.set(ProbeSplice, NotOK, noGuard)
 	return nil
 }
 

@@ -56,7 +56,7 @@ const (
 	ProbeCharged  = "charged"  // the receiver pays for unread redirected bytes
 	ProbeFIONREAD = "fionread" // ioctl(FIONREAD) counts all waiting bytes
 	ProbeEpoll    = "epoll"    // waiting bytes wake their reader
-	ProbeSplice   = "splice"   // splice(2) is refused on accelerated sockets
+	ProbeSplice   = "splice"   // splice(2) from accelerated sockets loses nothing
 	ProbeMPTCP    = "mptcp"    // accept(2) on MPTCP listeners does not crash
 )
 
@@ -115,11 +115,14 @@ type Verdict struct {
 	// MPTCPListeners tells that accept(2) on an MPTCP listener is safe when the
 	// accepted socket is in a sockhash.
 	MPTCPListeners bool
-	Probes         []Probe   // each once, in a fixed order
-	Kernel         string    // uname -r
-	BootID         string    // of the boot that was probed
-	Build          [16]byte  // of the programs that were probed, see [bpf.Build]
-	ProbedAt       time.Time // wall clock
+	// Guard is the form of the splice guard that works. Where none does, or none is
+	// needed, it is [datapath.NoGuard]; probe splice tells which.
+	Guard    datapath.Guard
+	Probes   []Probe   // each once, in a fixed order
+	Kernel   string    // uname -r
+	BootID   string    // of the boot that was probed
+	Build    [16]byte  // of the programs that were probed, see [bpf.Build]
+	ProbedAt time.Time // wall clock
 }
 
 // NodeSettings is the gate that the verdict asks for.
@@ -129,6 +132,7 @@ func (v *Verdict) NodeSettings() datapath.NodeSettings {
 		Risks:          v.Risks,
 		Funnel:         v.Funnel,
 		MPTCPListeners: v.MPTCPListeners,
+		Guard:          v.Guard,
 	}
 }
 

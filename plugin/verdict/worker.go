@@ -49,6 +49,7 @@ type finding struct {
 	Stopped     bool   `json:"stopped"`  // the sender was stopped in the end
 	Released    bool   `json:"released"` // the charge was given back when all was read
 	Storage     uint64 `json:"storage"`  // memory charged to the sockets for storage
+	Spliced     string `json:"spliced"`  // what splice(2) and sendfile(2) from the socket did
 }
 
 // workerLife ends a worker whatever happens.
