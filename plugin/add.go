@@ -320,7 +320,7 @@ func (j *job) attach(ctx context.Context, set Set, pod *podcgroup.Pod, verdict *
 	defer lock.Unlock()
 	p.did("locked")
 
-	if gate, err = openGate(set, verdict); err != nil {
+	if err = j.unlessGuard(openGate(set, conf, verdict)); err != nil {
 		return gate, err
 	}
 	p.did("gate opened")
@@ -338,7 +338,11 @@ func (j *job) attach(ctx context.Context, set Set, pod *podcgroup.Pod, verdict *
 		return gate, err
 	}
 	p.did("attaching recorded")
-	if _, err := set.Attach(pod.Dir, pod.ID); err != nil {
+	_, err = set.Attach(pod.Dir, pod.ID)
+	if err = j.unlessGuard(err); err != nil {
+		return gate, err
+	}
+	if gate, err = set.Node(); err != nil {
 		return gate, err
 	}
 	p.did("link attached")
@@ -365,16 +369,29 @@ func (j *job) attach(ctx context.Context, set Set, pod *podcgroup.Pod, verdict *
 	return gate, nil
 }
 
-// openGate opens the node's gate if the verdict is known. The lock is held.
-func openGate(set Set, verdict *Verdict) (datapath.NodeSettings, error) {
+// unlessGuard makes a note of a splice guard that cannot be attached: pods that do
+// not accept the risk are plain then.
+func (j *job) unlessGuard(err error) error {
+	if !errors.Is(err, datapath.ErrGuard) {
+		return err
+	}
+	j.notes = append(j.notes, note{"guard", "splice(2) is not guarded", err})
+	return nil
+}
+
+// openGate opens the node's gate if the verdict is known, and takes the splice
+// guard away if the configuration does not want it. The lock is held.
+func openGate(set Set, conf Config, verdict *Verdict) error {
 	node, err := set.Node()
-	if err != nil || node.Open || verdict == nil {
-		return node, err
+	switch {
+	case err != nil:
+		return err
+	case !node.Open && verdict != nil:
+		return set.SetNode(verdict.gate(conf))
+	case conf.SpliceGuard == SpliceGuardOff && node.Guard != datapath.NoGuard:
+		return set.SetNode(unguarded(node))
 	}
-	if err := set.SetNode(verdict.Node); err != nil {
-		return node, err
-	}
-	return set.Node()
+	return nil
 }
 
 // whyPlain says why the datapath leaves the connections of an attached pod alone,

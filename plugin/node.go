@@ -177,9 +177,7 @@ func (n *Node) apply(ctx context.Context, conf Config, set Set, v Verdict) error
 		return err
 	}
 	defer lock.Unlock()
-	gate := v.Node
-	gate.Open = gate.Open && v.Supported
-	return set.SetNode(gate)
+	return set.SetNode(v.gate(conf))
 }
 
 func (n *Node) lock(ctx context.Context, conf Config) (*attachment.Lock, error) {

@@ -94,6 +94,26 @@ type Verdict struct {
 	Document any
 }
 
+// gate is what the verdict asks for, but for a guard that the configuration does
+// not want.
+func (v Verdict) gate(conf Config) datapath.NodeSettings {
+	gate := v.Node
+	gate.Open = gate.Open && v.Supported
+	if conf.SpliceGuard == SpliceGuardOff {
+		gate = unguarded(gate)
+	}
+	return gate
+}
+
+// unguarded is the gate without the splice guard, and with the risk that is left.
+func unguarded(gate datapath.NodeSettings) datapath.NodeSettings {
+	if gate.Guard != datapath.NoGuard {
+		gate.Guard = datapath.NoGuard
+		gate.Risks |= datapath.RiskSplice
+	}
+	return gate
+}
+
 // Verdicts finds the kernel's verdict.
 type Verdicts interface {
 	// Cached returns the verdict of this boot and build, or [ErrNoVerdict].
