@@ -57,16 +57,16 @@ var modules = []string{
 }
 
 const (
-	splice   = datapath.RiskSplice
+	none     = datapath.Risk(0)
 	fionread = datapath.RiskFIONREAD
 )
 
 var plans = []plan{
 	{"5.10", []suite{refused, judged(verdict.Unsupported, 0)}},
-	{"6.1", on(verdict.Risky, splice|fionread)},
-	{"6.12", on(verdict.Risky, splice)},
-	{"6.18", on(verdict.Risky, splice)},
-	{"7", on(verdict.Risky, splice)},
+	{"6.1", on(verdict.Risky, fionread)},
+	{"6.12", on(verdict.Safe, none)},
+	{"6.18", on(verdict.Safe, none)},
+	{"7", on(verdict.Safe, none)},
 }
 
 // on is what to do on a supported kernel, of which that verdict is expected.
