@@ -147,7 +147,7 @@ func TestIndex(t *testing.T) {
 	}
 	var named []string
 	for _, m := range regexp.MustCompile("(?m)^\\| (`[^|]*`) \\| [^|]* \\|$").FindAllSubmatch(readme, -1) {
-		for _, name := range regexp.MustCompile("`([^`]*\\.(?:conflist|json))`").FindAllSubmatch(m[1], -1) {
+		for _, name := range regexp.MustCompile("`([^`]*\\.(?:conflist|json|yaml))`").FindAllSubmatch(m[1], -1) {
 			files, err := filepath.Glob(string(name[1]))
 			if err != nil || len(files) == 0 {
 				t.Errorf("no file %s", name[1])
@@ -155,7 +155,7 @@ func TestIndex(t *testing.T) {
 			named = append(named, files...)
 		}
 	}
-	for _, file := range slices.Concat(glob(t, "*.conflist", 7), glob(t, "*.json", 1)) {
+	for _, file := range slices.Concat(glob(t, "*.conflist", 7), glob(t, "*.json", 1), glob(t, "*.yaml", 1)) {
 		if !slices.Contains(named, file) {
 			t.Errorf("%s is not in README.md", file)
 		}

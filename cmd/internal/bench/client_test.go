@@ -15,6 +15,10 @@ import (
 	"testing"
 	"time"
 
+	batchv1 "k8s.io/api/batch/v1"
+	corev1 "k8s.io/api/core/v1"
+	"sigs.k8s.io/yaml"
+
 	"github.com/skipstack/skipstack/plugin/datapath"
 	"github.com/skipstack/skipstack/test/node"
 )
@@ -112,13 +116,39 @@ func exitCode(p *node.Process) int {
 
 var on = map[string]string{"skipstack/mode": "on", "skipstack/exclude-ports": fmt.Sprint(DefaultPlainPort)}
 
+// manifestJobs are the two Jobs of the sample, the server's and the client's.
+func manifestJobs(t *testing.T) (jobs [2]corev1.PodTemplateSpec) {
+	t.Helper()
+	file, err := os.ReadFile("../../../conf/bench-jobs.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, document := range bytes.Split(file, []byte("\n---\n"))[1:] {
+		var job batchv1.Job
+		if err := yaml.UnmarshalStrict(document, &job); err != nil {
+			t.Fatal(err)
+		}
+		jobs[i] = job.Spec.Template
+	}
+	return jobs
+}
+
+// TestTwoPods runs what the manifest says, but for the name of the server.
 func TestTwoPods(t *testing.T) {
 	node.Need(t)
-	p := newPodPair(t, on)
+	jobs := manifestJobs(t)
+	p := newPodPair(t, jobs[0].Annotations)
 	p.waitOpen(t)
-	server, served := p.serve(t, "--once")
+	args := func(i int) []string {
+		args := jobs[i].Spec.Containers[0].Args
+		if args[0] != "bench" {
+			t.Fatalf("arguments %v", args)
+		}
+		return args[1:]
+	}
+	server, _, served := inPod(t, p.server, args(0)...)
 	addr, _ := p.server.Addr(false)
-	client, out, said := inPod(t, p.client, "client", "--target", addr.String(), "--json=-")
+	client, out, said := inPod(t, p.client, append(args(1), "--target="+addr.String(), "--json=-")...)
 	if code := exitCode(client); code != ExitProven {
 		t.Fatalf("the client ends with %d:\n%s\nthe server said:\n%s", code, said, served)
 	}

@@ -28,7 +28,7 @@ const (
 	orderTimeout    = time.Minute // between two orders
 	maxSession      = 15 * time.Minute
 	maxMessage      = 1 << 20 // bytes
-	maxRun       = 10 * time.Second
+	maxRun          = 10 * time.Second
 	maxWarmUp       = time.Second
 )
 
