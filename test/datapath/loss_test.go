@@ -1,10 +1,8 @@
 package datapath_test
 
 import (
-	"errors"
 	"testing"
 
-	"github.com/google/nftables"
 	"github.com/google/nftables/binaryutil"
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
@@ -41,37 +39,10 @@ func (p *pod) dropFlags(t *testing.T, flags byte) (stop func()) {
 // filter drops TCP segments that arrive at the pod, over any interface, and match.
 func (p *pod) filter(t *testing.T, match ...expr.Any) (stop func()) {
 	t.Helper()
-	table := &nftables.Table{Name: "loss", Family: nftables.TableFamilyINet}
-	exprs := append([]expr.Any{
-		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1},
-		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{unix.IPPROTO_TCP}},
-	}, match...)
-	exprs = append(exprs, &expr.Verdict{Kind: expr.VerdictDrop})
-	check(t, p.Do(func() error {
-		c, err := nftables.New()
-		if err != nil {
-			return err
-		}
-		chain := c.AddChain(&nftables.Chain{
-			Name: "input", Table: c.AddTable(table), Type: nftables.ChainTypeFilter,
-			Hooknum: nftables.ChainHookInput, Priority: nftables.ChainPriorityFilter,
-		})
-		c.AddRule(&nftables.Rule{Table: table, Chain: chain, Exprs: exprs})
-		return c.Flush()
-	}))
+	rules := must(p.DropTCP(match...))(t)
 	stop = func() {
 		t.Helper()
-		check(t, p.Do(func() error {
-			c, err := nftables.New()
-			if err != nil {
-				return err
-			}
-			c.DelTable(table)
-			if err := c.Flush(); err != nil && !errors.Is(err, unix.ENOENT) {
-				return err
-			}
-			return nil
-		}))
+		check(t, rules.Close())
 	}
 	t.Cleanup(stop)
 	return stop

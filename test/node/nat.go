@@ -12,7 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A Service is a set of NAT rules in a table of its own. Close removes it.
+// A Service is a set of rules in a table of its own. Close removes it.
 type Service struct {
 	thread *thread
 	table  *nftables.Table
@@ -35,7 +35,7 @@ func (n *Node) AddService(o ServiceOptions) (*Service, error) {
 	if o.BackendPort == 0 {
 		o.BackendPort = o.Port
 	}
-	s, err := addRules(n.thread, o.IP.Is6(), func(c *nftables.Conn, t *nftables.Table) {
+	s, err := addRules(n.thread, ipFamily(o.IP.Is6()), func(c *nftables.Conn, t *nftables.Table) {
 		match := append(matchAddr(o.IP), matchTCPPort(o.Port)...)
 		dnat := append(match, toAddr(o.Backend, o.BackendPort)...)
 		for _, hook := range []*nftables.ChainHook{nftables.ChainHookPrerouting, nftables.ChainHookOutput} {
@@ -62,7 +62,7 @@ func (p *Pod) Redirect(ipv6, outbound bool, from, to uint16) (*Service, error) {
 	if outbound {
 		hook = nftables.ChainHookOutput
 	}
-	s, err := addRules(p.thread, ipv6, func(c *nftables.Conn, t *nftables.Table) {
+	s, err := addRules(p.thread, ipFamily(ipv6), func(c *nftables.Conn, t *nftables.Table) {
 		c.AddRule(&nftables.Rule{Table: t, Chain: natChain(c, t, hook, nftables.ChainPriorityNATDest), Exprs: append(matchTCPPort(from),
 			&expr.Immediate{Register: 1, Data: binaryutil.BigEndian.PutUint16(to)},
 			&expr.Redir{RegisterProtoMin: 1})})
@@ -82,11 +82,11 @@ func (s *Service) Close() error {
 		s.err = s.thread.do(func() error {
 			c, err := nftables.New()
 			if err != nil {
-				return fmt.Errorf("remove NAT rules: %w", err)
+				return fmt.Errorf("remove rules: %w", err)
 			}
 			c.DelTable(s.table)
 			if err := c.Flush(); err != nil && !errors.Is(err, unix.ENOENT) {
-				return fmt.Errorf("remove NAT rules: %w", err)
+				return fmt.Errorf("remove rules: %w", err)
 			}
 			return nil
 		})
@@ -94,11 +94,8 @@ func (s *Service) Close() error {
 	return s.err
 }
 
-func addRules(t *thread, ipv6 bool, add func(*nftables.Conn, *nftables.Table)) (*Service, error) {
-	table := &nftables.Table{Name: "test-" + randomUID()[:8], Family: nftables.TableFamilyIPv4}
-	if ipv6 {
-		table.Family = nftables.TableFamilyIPv6
-	}
+func addRules(t *thread, family nftables.TableFamily, add func(*nftables.Conn, *nftables.Table)) (*Service, error) {
+	table := &nftables.Table{Name: "test-" + randomUID()[:8], Family: family}
 	err := t.do(func() error {
 		c, err := nftables.New()
 		if err != nil {
@@ -111,6 +108,13 @@ func addRules(t *thread, ipv6 bool, add func(*nftables.Conn, *nftables.Table)) (
 		return nil, err
 	}
 	return &Service{thread: t, table: table}, nil
+}
+
+func ipFamily(ipv6 bool) nftables.TableFamily {
+	if ipv6 {
+		return nftables.TableFamilyIPv6
+	}
+	return nftables.TableFamilyIPv4
 }
 
 // natChain is the table's base chain on a hook; adding it again changes nothing.

@@ -1,0 +1,274 @@
+package conformance
+
+import (
+	"testing"
+
+	"github.com/skipstack/skipstack/plugin/datapath"
+)
+
+// A deviation is a known difference from plain TCP.
+type deviation struct {
+	name    string // of the behaviour
+	differs string // for users
+	why     string // the kernel's reason, and the function
+	where   *condition
+}
+
+// A condition is something on which it depends whether a kernel deviates.
+type condition struct {
+	text string
+	// holds tells if it is so; nil: nothing but the behaviour itself can tell, so
+	// that either outcome is right.
+	holds func(kernel) bool
+}
+
+var (
+	unguarded = &condition{"where splice(2) cannot be guarded", func(k kernel) bool { return k.Risks&datapath.RiskSplice != 0 }}
+	guarded   = &condition{"where splice(2) is guarded", func(k kernel) bool { return k.Risks&datapath.RiskSplice == 0 }}
+	uncounted = &condition{"where FIONREAD does not count redirected bytes", func(k kernel) bool { return k.Risks&datapath.RiskFIONREAD != 0 }}
+)
+
+// Reasons that explain several deviations.
+const (
+	waitsOnce = "`tcp_msg_wait_data()` waits once, and `tcp_bpf_recvmsg()` and `tcp_bpf_recvmsg_parser()` answer any " +
+		"wake-up that brought no bytes with EAGAIN. Sockets that are not O_NONBLOCK are accelerated only if the risk `blocking` is accepted"
+	copiesAlways = "`sk_msg_recvmsg()` copies what is queued and knows of no flag but MSG_PEEK"
+	noTarget     = "`sk_msg_recvmsg()` returns what is queued; only `tcp_recvmsg_locked()` has a target (`sock_rcvlowat()`)"
+	noSegments   = "redirected bytes are queued on the socket by `bpf_tcp_ingress()`, never in a segment"
+	noControl    = "`tcp_bpf_recvmsg()` and `tcp_bpf_recvmsg_parser()` return no control data; `tcp_recvmsg()` does, by `tcp_recv_timestamp()` and `put_cmsg()`"
+)
+
+var deviations = []deviation{
+	{
+		name:    "empty recv with nothing waiting",
+		differs: "recv(2) into no room returns 0 where plain TCP returns EAGAIN or waits",
+		why:     "`tcp_bpf_recvmsg()` and `tcp_bpf_recvmsg_parser()` return at once if the length is 0",
+	},
+	{
+		name:    "recv into a half-bad address",
+		differs: "the bytes that have room are received where plain TCP returns EFAULT",
+		why:     "`sk_msg_recvmsg()` returns what `copy_page_to_iter()` could copy; `tcp_recvmsg_locked()` copies a segment whole or not at all",
+	},
+	{
+		name:    "send from a bad address",
+		differs: "send(2) returns 0 where plain TCP returns EFAULT; nothing is sent by either",
+		why:     "`tcp_bpf_sendmsg()` drops the error of `sk_msg_memcopy_from_iter()` since it was changed to add up what that returns",
+		where:   &condition{text: "on kernels since about 6.12.1"},
+	},
+	{
+		name:    "close with bytes unread",
+		differs: "the other end reads the end of the stream where plain TCP reports ECONNRESET. A writer that waits gets an error, as with plain TCP",
+		why:     "`__tcp_close()` sends RST for what is unread in `sk_receive_queue`, and redirected bytes are not there",
+	},
+	{
+		name:    "signal with SA_RESTART",
+		differs: "a blocking recv returns EAGAIN where plain TCP goes on waiting",
+		why:     waitsOnce,
+	},
+	{
+		name:    "signal without SA_RESTART",
+		differs: "a blocking recv returns EAGAIN where plain TCP returns EINTR",
+		why:     waitsOnce,
+	},
+	{
+		name:    "signal without SA_RESTART and SO_RCVTIMEO",
+		differs: "a blocking recv returns EAGAIN where plain TCP returns EINTR",
+		why:     waitsOnce,
+	},
+	{
+		name:    "two readers",
+		differs: "of two threads that wait in recv, the one that finds no bytes returns EAGAIN where it goes on waiting with plain TCP",
+		why:     waitsOnce,
+	},
+	{
+		name:    "shutdown(SHUT_RD) by another thread while recv waits",
+		differs: "the waiting recv returns EAGAIN where plain TCP returns 0; the next one returns 0",
+		why:     waitsOnce,
+	},
+	{
+		name:    "shutdown(SHUT_WR) by another thread while recv waits",
+		differs: "the waiting recv returns EAGAIN where it goes on with plain TCP",
+		why:     waitsOnce,
+	},
+	{
+		name:    "RST while recv waits",
+		differs: "the waiting recv returns EAGAIN where plain TCP returns ECONNRESET; the next one reports the error",
+		why:     waitsOnce,
+	},
+	{
+		name:    "SO_PEEK_OFF",
+		differs: "MSG_PEEK always begins at the first unread byte",
+		why:     copiesAlways + "; `tcp_recvmsg_locked()` has `sk_peek_offset()`",
+		where:   &condition{text: "on kernels whose plain TCP has SO_PEEK_OFF (6.9)"},
+	},
+	{
+		name:    "MSG_TRUNC",
+		differs: "the bytes are dropped and counted, as with plain TCP, but also copied into the buffer",
+		why:     copiesAlways,
+	},
+	{
+		name:    "MSG_TRUNC without a buffer",
+		differs: "EFAULT, and the bytes stay",
+		why:     copiesAlways,
+	},
+	{
+		name:    "MSG_WAITALL",
+		differs: "a blocking recv returns what is there, as it may after a signal",
+		why:     noTarget,
+	},
+	{
+		name:    "SO_RCVLOWAT",
+		differs: "readable from the first byte on",
+		why:     "`tcp_poll()` asks `sk_msg_is_readable()`, which looks at no mark",
+	},
+	{
+		name:    "SO_RCVLOWAT, blocking",
+		differs: "a blocking recv returns with the first byte",
+		why:     noTarget,
+	},
+	{
+		name:    "MSG_OOB",
+		differs: "the urgent byte arrives in the stream; there is no POLLPRI, and recv(MSG_OOB) returns ordinary bytes",
+		why:     "`tcp_bpf_sendmsg()` redirects it as any other, without `tcp_mark_urg()`; " + copiesAlways,
+	},
+	{
+		name:    "SO_OOBINLINE and SIOCATMARK",
+		differs: "the urgent byte arrives in the stream, unmarked",
+		why:     "`tcp_bpf_sendmsg()` redirects it as any other, without `tcp_mark_urg()`",
+	},
+	{
+		name:    "FIONREAD",
+		differs: "0 while redirected bytes wait",
+		why:     "`tcp_ioctl()` counts sequence numbers only, before `tcp_bpf_ioctl()` came",
+		where:   uncounted,
+	},
+	{
+		name:    "FIONREAD at the end",
+		differs: "0 while redirected bytes wait",
+		why:     "`tcp_ioctl()` counts sequence numbers only, before `tcp_bpf_ioctl()` came",
+		where:   uncounted,
+	},
+	{
+		name:    "TCP_INFO's byte counts",
+		differs: "redirected bytes are not counted",
+		why:     noSegments + ", which `tcp_get_info()` counts",
+	},
+	{
+		name:    "/proc/net/tcp",
+		differs: "redirected bytes that wait to be read are not in Recv-Q, nor in what ss(8) shows",
+		why:     "`get_tcp4_sock()` and `tcp_diag_get_info()` subtract sequence numbers",
+	},
+	{
+		name:    "SO_ATTACH_FILTER",
+		differs: "redirected bytes pass by a socket's own packet filter",
+		why:     noSegments + ", which `tcp_filter()` could look at",
+	},
+	{
+		name:    "splice to a pipe",
+		differs: "EAGAIN, or no end of waiting, while redirected bytes wait: they can be received only. This is the risk `splice`",
+		why:     "`tcp_splice_read()` looks at `sk_receive_queue` only",
+		where:   unguarded,
+	},
+	{
+		name:    "splice to a pipe",
+		differs: "EINVAL, which programs take for \"not possible here\"; the bytes can be received",
+		why:     "`tcp_splice_read()` looks at `sk_receive_queue` only, so the splice guard refuses it on accelerated connections",
+		where:   guarded,
+	},
+	{
+		name:    "splice to a pipe at the end",
+		differs: "EINVAL, as everywhere in such a connection",
+		why:     "the splice guard refuses it",
+		where:   guarded,
+	},
+	{
+		name:    "io_uring splice",
+		differs: "EAGAIN, or no end of waiting, while redirected bytes wait",
+		why:     "`tcp_splice_read()` looks at `sk_receive_queue` only",
+		where:   unguarded,
+	},
+	{
+		name:    "io_uring splice",
+		differs: "EINVAL",
+		why:     "`tcp_splice_read()` looks at `sk_receive_queue` only, so the splice guard refuses it on accelerated connections",
+		where:   guarded,
+	},
+	{
+		name:    "MSG_ZEROCOPY's completion",
+		differs: "the bytes are copied at once and no completion comes",
+		why:     "`tcp_bpf_sendmsg()` copies and knows no MSG_ZEROCOPY (`msg_zerocopy_realloc()` is in `tcp_sendmsg_locked()`)",
+	},
+	{
+		name:    "TCP_ZEROCOPY_RECEIVE",
+		differs: "nothing is mapped or copied while redirected bytes wait; recv(2) returns them",
+		why:     "`tcp_zerocopy_receive()` looks at `sk_receive_queue` only",
+	},
+	{
+		name:    "io_uring send with zero copy",
+		differs: "EOPNOTSUPP at the client",
+		why:     "`sock_replace_proto()` takes SOCK_SUPPORT_ZC from a socket that enters a sockmap; a server's is marked again by `inet_accept()`",
+		where:   &condition{text: "on kernels that have it (6.0)"},
+	},
+	{
+		name:    "SO_TIMESTAMP",
+		differs: "no receive timestamps come with redirected bytes",
+		why:     noControl,
+	},
+	{
+		name:    "SO_TIMESTAMPING, receive",
+		differs: "no receive timestamps come with redirected bytes",
+		why:     noControl,
+	},
+	{
+		name:    "SO_TIMESTAMPING, transmit",
+		differs: "no transmit timestamps of redirected bytes",
+		why:     noSegments + ", which `tcp_tx_timestamp()` could mark",
+	},
+	{
+		name:    "TCP_INQ",
+		differs: "the number of bytes that are left does not come with redirected bytes",
+		why:     noControl,
+	},
+	{
+		name:    "unknown control data",
+		differs: "ignored where plain TCP returns EINVAL",
+		why:     "`tcp_bpf_sendmsg()` looks at no control data; `tcp_sendmsg_locked()` does, by `sock_cmsg_send()`",
+	},
+	{
+		name:    "packet filters",
+		differs: "redirected bytes arrive: filters, policers and traffic control in the network see connections begin and end, but none of their bytes",
+		why:     noSegments,
+	},
+}
+
+// listed finds the deviation that this kernel may show.
+func listed(k kernel, name string) *deviation {
+	for i, d := range deviations {
+		if d.name == name && (d.where == nil || d.where.holds == nil || d.where.holds(k)) {
+			return &deviations[i]
+		}
+	}
+	return nil
+}
+
+// optional tells that the kernel need not show the deviation.
+func (d *deviation) optional() bool { return d.where != nil && d.where.holds == nil }
+
+// checkList makes sure that names are unique and every deviation has a behaviour.
+func checkList(t *testing.T) {
+	t.Helper()
+	names := map[string]bool{}
+	for _, g := range groups {
+		for _, b := range g.behaviours {
+			if names[b.name] {
+				t.Errorf("two behaviours are called %q", b.name)
+			}
+			names[b.name] = true
+		}
+	}
+	for _, d := range deviations {
+		if !names[d.name] {
+			t.Errorf("a deviation of %q, which is no behaviour", d.name)
+		}
+	}
+}

@@ -1,0 +1,73 @@
+package conformance
+
+import (
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+var losses = []behaviour{
+	{name: "loss and retransmission", once: true, does: "a fifth of all segments is lost in both directions, random writes both ways, then both ends", run: func(c *trial) {
+		a, b := c.pair()
+		c.drop(c.rig.client, 20)
+		c.drop(c.rig.server, 20)
+		ended := make(chan error, 4)
+		const total = 1 << 20
+		for _, e := range []*end{a, b} {
+			go func() { ended <- e.sendRandom(total) }()
+			go func() { ended <- e.receiveRandom(total) }()
+		}
+		for range 4 {
+			c.check(<-ended)
+		}
+		c.note("%s", a.shutdown(unix.SHUT_WR))
+		b.readEnd()
+		b.close()
+		a.readEnd()
+		c.note("all bytes, both ends")
+	}},
+	{name: "loss with a full receiver", does: "a tenth of all segments is lost while a reader without room catches up", run: func(c *trial) {
+		a, b := c.pair()
+		a.fill()
+		c.drop(c.rig.client, 10)
+		c.drop(c.rig.server, 10)
+		b.read(int(a.sent))
+		a.write(100_000)
+		a.close()
+		b.read(100_000)
+		b.readEnd()
+		c.note("all bytes, then the end")
+	}},
+	{name: "the end is lost", does: "the network is down while one end closes, and comes back", run: func(c *trial) {
+		a, b := c.pair()
+		a.warm()
+		stopClient, stopServer := c.drop(c.rig.client, 100), c.drop(c.rig.server, 100)
+		b.close()
+		c.note("%s", a.recv(1, unix.MSG_DONTWAIT))
+		stopClient()
+		stopServer()
+		a.await(unix.POLLRDHUP)
+		c.note("%s", a.recv(1, 0))
+	}},
+	{name: "packet filters", does: "a filter in the network drops all segments of an established connection: do bytes arrive?", run: func(c *trial) {
+		a, b := c.pair()
+		a.warm()
+		stopClient, stopServer := c.drop(c.rig.client, 100), c.drop(c.rig.server, 100)
+		b.write(10)
+		c.note("%t", within(300*time.Millisecond, func() bool { return a.recv(10, unix.MSG_PEEK) != "EAGAIN" }))
+		stopClient()
+		stopServer()
+		a.read(10)
+		c.note("without the filter they do")
+	}},
+}
+
+// drop makes a pod lose that share of the TCP segments that arrive at it, in
+// percent, until the returned function is called or the trial is over.
+func (c *trial) drop(p *pod, percent uint32) (stop func()) {
+	rules, err := p.LoseTCP(percent)
+	c.check(err)
+	stop = func() { c.check(rules.Close()) }
+	c.later(stop)
+	return stop
+}

@@ -1,0 +1,194 @@
+package conformance
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/containernetworking/cni/libcni"
+
+	"github.com/skipstack/skipstack/plugin/datapath"
+	"github.com/skipstack/skipstack/plugin/verdict"
+	"github.com/skipstack/skipstack/test/datapath/traffic"
+	"github.com/skipstack/skipstack/test/node"
+)
+
+func TestMain(m *testing.M) {
+	if len(os.Args) > 1 && os.Args[1] == verdict.WorkerArg {
+		os.Exit(verdict.Worker(os.Args[2:], os.Stdin, os.Stdout))
+	}
+	// The Go runtime preempts threads by a signal, which a system call that has
+	// just begun may get: no signals but those of the test.
+	os.Setenv("GODEBUG", "asyncpreemptoff=1")
+	os.Exit(node.Main(m, node.MainOptions{
+		Workers: map[string]node.Worker{traffic.WorkerName: traffic.Worker, helperName: helper, crowdName: crowd},
+		Tools:   []string{"bridge", "host-local"},
+	}))
+}
+
+const (
+	patience = 30 * time.Second // for what should take no time
+	tick     = time.Millisecond
+
+	maxConnections = 65536
+	// claimWindow lets clients be late on a busy machine.
+	claimWindow = 20 * time.Second
+)
+
+// A mode is how bytes get from one end of a connection to the other.
+type mode string
+
+const (
+	plain       mode = "plain"
+	accelerated mode = "accelerated"
+)
+
+var modes = []mode{plain, accelerated}
+
+// A role is the end at which a behaviour is looked at.
+type role string
+
+const (
+	client role = "client"
+	server role = "server"
+)
+
+var roles = []role{client, server}
+
+// A rig is two pods between which connections of one mode are made, for the trials
+// of one role: what its datapath counts comes from one trial only.
+type rig struct {
+	mode   mode
+	role   role
+	client *pod
+	server *pod
+	set    *datapath.Set // nil: plain
+}
+
+type pod struct {
+	*node.Pod
+	host *traffic.Host
+}
+
+// kernel is what is known of the kernel.
+type kernel struct {
+	*verdict.Verdict
+}
+
+// lab makes so many sets of rigs on a node of their own.
+func lab(t *testing.T, lanes int) (kernel, chan []*rig) {
+	t.Helper()
+	n := node.ForTest(t, node.Options{})
+	probed, err := verdict.Run(t.Context(), verdict.Env{CgroupRoot: n.CgroupRoot})
+	check(t, err)
+	for _, p := range probed.Probes {
+		t.Logf("%s: %s: %s", p.Name, p.Result, p.Detail)
+	}
+	if probed.Level == verdict.Unsupported {
+		t.Fatalf("the kernel is not supported: %s", probed)
+	}
+	list, err := n.Network(node.Network{})
+	check(t, err)
+	free := make(chan []*rig, lanes)
+	for range lanes {
+		var rigs []*rig
+		for _, m := range modes {
+			for _, r := range roles {
+				rigs = append(rigs, newRig(t, n, list, probed, m, r))
+			}
+		}
+		free <- rigs
+	}
+	return kernel{probed}, free
+}
+
+func newRig(t *testing.T, n *node.Node, list *libcni.NetworkConfigList, v *verdict.Verdict, m mode, r role) *rig {
+	t.Helper()
+	g := &rig{mode: m, role: r}
+	if m != plain {
+		var err error
+		g.set, err = datapath.LoadPrivate(datapath.LoadOptions{MaxConnections: maxConnections, ClaimWindow: claimWindow})
+		check(t, err)
+		check(t, g.set.SetNode(v.NodeSettings()))
+		t.Cleanup(func() {
+			if !t.Failed() {
+				g.waitEmpty(t)
+			}
+			check(t, g.set.Close())
+		})
+	}
+	for _, end := range []struct {
+		name string
+		pod  **pod
+	}{{"client", &g.client}, {"server", &g.server}} {
+		p, err := n.AddPod(t.Context(), fmt.Sprintf("%s-%s-%s", m, r, end.name), list, node.PodOptions{})
+		check(t, err)
+		host, err := traffic.NewHost(p, node.StartOptions{})
+		check(t, err)
+		t.Cleanup(func() { check(t, host.Close()) })
+		*end.pod = &pod{p, host}
+		// Lost segments come again after milliseconds.
+		check(t, p.Do(func() error { return setSysctl("net/ipv4/tcp_rto_min_us", "20000") }))
+		if g.set == nil {
+			continue
+		}
+		dir, err := os.Open(p.Cgroup)
+		check(t, err)
+		defer dir.Close()
+		var st unix.Stat_t
+		check(t, unix.Fstat(int(dir.Fd()), &st))
+		_, err = g.set.Attach(dir, st.Ino)
+		check(t, err)
+		check(t, g.set.SetPod(st.Ino, datapath.PodSettings{
+			Enabled: true, UnreadLimit: 16 << 20, Accepted: v.Risks | datapath.RiskBlocking,
+		}))
+	}
+	return g
+}
+
+// setSysctl sets a sysctl that the kernel may not have.
+func setSysctl(name, value string) error {
+	err := os.WriteFile("/proc/sys/"+name, []byte(value), 0)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	return err
+}
+
+// waitEmpty waits until the datapath has let go of every socket.
+func (g *rig) waitEmpty(t *testing.T) {
+	t.Helper()
+	for deadline := time.Now().Add(2 * patience); ; time.Sleep(tick) {
+		live, err := g.set.Live()
+		check(t, err)
+		members, err := g.set.Enrolled()
+		check(t, err)
+		if live == 0 && members == 0 {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Errorf("%s, %s: %d sockets are still live, %d in the sockhash", g.mode, g.role, live, members)
+			return
+		}
+	}
+}
+
+func (p *pod) addr() netip.Addr {
+	a, ok := p.Addr(false)
+	if !ok {
+		panic("the pod has no address")
+	}
+	return a
+}
+
+func check(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
