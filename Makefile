@@ -64,6 +64,7 @@ test-integration: ## Run the tests that need root, each package in a private nod
 test-software: ## As root: run real software between pods, plain and accelerated; needs apt
 	$(call say,SOFTWARE,.)
 	$(Q)$(GO) run ./test/software $(SOFTWAREFLAGS)
+
 .PHONY: conformance
 conformance: ## Run the conformance suite and write docs/conformance.md (root)
 	$(call say,GENERATE,docs/conformance.md)
