@@ -21,9 +21,9 @@ BUILD := CGO_ENABLED=0 $(GO) build -trimpath -ldflags='-s -w' $(VCS)
 CNI_PLUGINS := plugins/main/bridge plugins/main/ptp plugins/main/loopback plugins/ipam/host-local plugins/meta/portmap
 
 # Packages whose tests make private nodes, load BPF programs and measure: as root, one
-# after the other.
-INTEGRATION := ./test/... ./plugin/datapath/... ./plugin/verdict/... ./cmd/internal/bench/...
-UNIT = $(filter-out $(shell $(GO) list $(INTEGRATION)),$(shell $(GO) list ./...))
+# after the other. Those of the runtimes fetch them first and run by themselves.
+INTEGRATION = $(filter-out %/test/runtimes,$(shell $(GO) list ./test/... ./plugin/datapath/... ./plugin/verdict/... ./cmd/internal/bench/...))
+UNIT = $(filter-out %/test/runtimes $(INTEGRATION),$(shell $(GO) list ./...))
 
 .PHONY: help
 help: ## List the targets
@@ -69,6 +69,11 @@ test-software: ## As root: run real software between pods, plain and accelerated
 conformance: ## Run the conformance suite and write docs/conformance.md (root)
 	$(call say,GENERATE,docs/conformance.md)
 	$(Q)$(GO) test -count=1 $(TESTFLAGS) ./test/conformance -update
+
+.PHONY: test-runtimes
+test-runtimes: ## As root: run pods on containerd 1.6 and 2.x, over CRI; needs apt
+	$(call say,TEST,runtimes)
+	$(Q)SKIPSTACK_RUNTIMES_CACHE='$(CURDIR)/.cache/runtimes' $(GO) test -count=1 $(TESTFLAGS) ./test/runtimes
 
 .PHONY: test-vm
 test-vm: ## Run tests on other kernels under QEMU: KERNEL=6.1, or all; needs apt, no root

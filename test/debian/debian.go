@@ -257,9 +257,26 @@ func (a *APT) Newest(ctx context.Context, pattern string) (Candidate, error) {
 	return best, nil
 }
 
-// Missing lists the packages that installing the given ones would add to the
-// machine, as NAME=VERSION: themselves, and what they depend on. They are of the
-// machine's own release, or its backports if asked.
+// Versions lists the versions of a package that can be had, newest first.
+func (a *APT) Versions(ctx context.Context, name string) ([]string, error) {
+	if err := a.Update(ctx); err != nil {
+		return nil, err
+	}
+	out, err := a.run(ctx, "", "all.list", "apt-cache", "madison", name)
+	if err != nil {
+		return nil, err
+	}
+	var versions []string
+	for line := range strings.Lines(string(out)) {
+		if f := strings.Split(line, "|"); len(f) > 2 {
+			versions = append(versions, strings.TrimSpace(f[1]))
+		}
+	}
+	return slices.Compact(versions), nil
+}
+
+// Missing lists the given packages, and what they depend on and the machine lacks,
+// as NAME=VERSION. They are of the machine's own release, or its backports if asked.
 func (a *APT) Missing(ctx context.Context, backports bool, packages ...string) ([]string, error) {
 	if err := a.Update(ctx); err != nil {
 		return nil, err
@@ -271,7 +288,7 @@ func (a *APT) Missing(ctx context.Context, backports bool, packages ...string) (
 	if backports {
 		target += "-backports"
 	}
-	out, err := a.run(ctx, "", "own.list", "apt-get", append([]string{"install", "--simulate", "--no-install-recommends",
+	out, err := a.run(ctx, "", "own.list", "apt-get", append([]string{"install", "--simulate", "--reinstall", "--no-install-recommends",
 		"--target-release", target}, packages...)...)
 	if err != nil {
 		return nil, err

@@ -28,7 +28,8 @@ type MainOptions struct {
 	Build   []string          // main packages, for example ./cmd/skipstack by import path
 	Tools   []string          // tools of go.mod by short name, for example bridge
 	// Prepare, if set, runs first, where the network and the machine's files are.
-	Prepare func(ctx context.Context) error
+	// It returns what is to be done there at the end, if anything.
+	Prepare func(ctx context.Context) (clean func(), err error)
 }
 
 // Main runs a test package in a private machine, and fails if it leaves something
@@ -63,8 +64,12 @@ func run(m interface{ Run() int }, o MainOptions) (int, error) {
 		defer stop()
 		env := os.Environ()
 		if o.Prepare != nil {
-			if err := o.Prepare(ctx); err != nil {
+			clean, err := o.Prepare(ctx)
+			if err != nil {
 				return 1, err
+			}
+			if clean != nil {
+				defer clean()
 			}
 		}
 		if len(o.Build)+len(o.Tools) > 0 && ProgramDir() == "" {

@@ -130,15 +130,15 @@ func (s *suite) parse() (exit int, done bool) {
 }
 
 // prepare gets the packages, where the network is.
-func (s *suite) prepare(ctx context.Context) error {
+func (s *suite) prepare(ctx context.Context) (clean func(), err error) {
 	if _, done := s.parse(); done {
-		return nil
+		return nil, nil
 	}
 	var packages []string
 	for _, c := range s.cases {
 		packages = append(packages, c.packages...)
 	}
-	return unpack(ctx, s.cache, packages, s.errs)
+	return nil, unpack(ctx, s.cache, packages, s.errs)
 }
 
 // Run runs the cases in the private machine.

@@ -1,0 +1,162 @@
+// Package cri is a small kubelet's side of the container runtime interface.
+package cri
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"strings"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
+	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+)
+
+// A Client talks to a runtime. Close it after use.
+type Client struct {
+	conn *grpc.ClientConn
+	api  runtime.RuntimeServiceClient
+	logs string
+}
+
+// Dial returns a client for the runtime that serves socket. Logs of containers are
+// kept below logs.
+func Dial(socket, logs string) (*Client, error) {
+	conn, err := grpc.NewClient("unix://"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		return nil, fmt.Errorf("talk to %s: %w", socket, err)
+	}
+	return &Client{conn: conn, api: runtime.NewRuntimeServiceClient(conn), logs: logs}, nil
+}
+
+// Close ends the connection.
+func (c *Client) Close() error { return c.conn.Close() }
+
+// NetworkReady says whether the runtime can make pods, and why not.
+func (c *Client) NetworkReady(ctx context.Context) error {
+	s, err := c.api.Status(ctx, &runtime.StatusRequest{})
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, condition := range s.Status.Conditions {
+		if !condition.Status {
+			errs = append(errs, fmt.Errorf("%s: %s", condition.Type, condition.Message))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// PodOptions describe a pod.
+type PodOptions struct {
+	Name, UID    string
+	CgroupParent string // as a kubelet with the cgroupfs driver makes it
+	Annotations  map[string]string
+	HostPorts    map[int32]int32 // port of the node -> port of the pod
+}
+
+// A Pod is a sandbox.
+type Pod struct {
+	ID     string
+	client *Client
+	config *runtime.PodSandboxConfig
+}
+
+// RunPod makes a sandbox, and its network.
+func (c *Client) RunPod(ctx context.Context, o PodOptions) (*Pod, error) {
+	config := &runtime.PodSandboxConfig{
+		Metadata:     &runtime.PodSandboxMetadata{Name: o.Name, Namespace: "default", Uid: o.UID},
+		Hostname:     o.Name,
+		LogDirectory: filepath.Join(c.logs, o.UID),
+		Annotations:  o.Annotations,
+		Linux:        &runtime.LinuxPodSandboxConfig{CgroupParent: o.CgroupParent},
+	}
+	for from, to := range o.HostPorts {
+		config.PortMappings = append(config.PortMappings, &runtime.PortMapping{HostPort: from, ContainerPort: to})
+	}
+	r, err := c.api.RunPodSandbox(ctx, &runtime.RunPodSandboxRequest{Config: config})
+	if err != nil {
+		return nil, fmt.Errorf("run pod %s: %w", o.Name, err)
+	}
+	return &Pod{ID: r.PodSandboxId, client: c, config: config}, nil
+}
+
+// Addresses are the pod's, IPv4 or the network's first before the others.
+func (p *Pod) Addresses(ctx context.Context) ([]string, error) {
+	r, err := p.client.api.PodSandboxStatus(ctx, &runtime.PodSandboxStatusRequest{PodSandboxId: p.ID})
+	if err != nil {
+		return nil, err
+	}
+	all := []string{r.Status.Network.GetIp()}
+	for _, ip := range r.Status.Network.GetAdditionalIps() {
+		all = append(all, ip.Ip)
+	}
+	return all, nil
+}
+
+// Remove stops the pod with its containers, and removes it. It may be called again.
+func (p *Pod) Remove(ctx context.Context) error {
+	_, err := p.client.api.StopPodSandbox(ctx, &runtime.StopPodSandboxRequest{PodSandboxId: p.ID})
+	if err != nil && status.Code(err) != codes.NotFound { // containerd 1.6 knows no pod that is gone
+		return fmt.Errorf("stop pod: %w", err)
+	}
+	if _, err := p.client.api.RemovePodSandbox(ctx, &runtime.RemovePodSandboxRequest{PodSandboxId: p.ID}); err != nil {
+		return fmt.Errorf("remove pod: %w", err)
+	}
+	return nil
+}
+
+// A Container is one of a pod's.
+type Container struct {
+	ID  string
+	pod *Pod
+}
+
+// Start starts a container of the image that runs args.
+func (p *Pod) Start(ctx context.Context, name string, attempt uint32, image string, args ...string) (*Container, error) {
+	api := p.client.api
+	r, err := api.CreateContainer(ctx, &runtime.CreateContainerRequest{
+		PodSandboxId:  p.ID,
+		SandboxConfig: p.config,
+		Config: &runtime.ContainerConfig{
+			Metadata: &runtime.ContainerMetadata{Name: name, Attempt: attempt},
+			Image:    &runtime.ImageSpec{Image: image},
+			Args:     args,
+			LogPath:  fmt.Sprintf("%s-%d.log", name, attempt),
+			Linux:    &runtime.LinuxContainerConfig{},
+		},
+	})
+	if err != nil {
+		return nil, fmt.Errorf("create container %s: %w", name, err)
+	}
+	if _, err := api.StartContainer(ctx, &runtime.StartContainerRequest{ContainerId: r.ContainerId}); err != nil {
+		return nil, fmt.Errorf("start container %s: %w", name, err)
+	}
+	return &Container{ID: r.ContainerId, pod: p}, nil
+}
+
+// Run runs a program in the container to its end and decodes what it printed.
+func (c *Container) Run(ctx context.Context, result any, args ...string) error {
+	r, err := c.pod.client.api.ExecSync(ctx, &runtime.ExecSyncRequest{ContainerId: c.ID, Cmd: args, Timeout: 90})
+	if err != nil {
+		return fmt.Errorf("%s: %w", strings.Join(args, " "), err)
+	}
+	if r.ExitCode != 0 {
+		return fmt.Errorf("%s: exit code %d: %s", strings.Join(args, " "), r.ExitCode, r.Stderr)
+	}
+	return json.Unmarshal(r.Stdout, result)
+}
+
+// Remove stops the container and removes it.
+func (c *Container) Remove(ctx context.Context) error {
+	api := c.pod.client.api
+	if _, err := api.StopContainer(ctx, &runtime.StopContainerRequest{ContainerId: c.ID}); err != nil {
+		return err
+	}
+	_, err := api.RemoveContainer(ctx, &runtime.RemoveContainerRequest{ContainerId: c.ID})
+	return err
+}
