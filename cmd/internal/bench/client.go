@@ -321,7 +321,7 @@ func (s *podSite) worker(r role) (*remote, error) {
 		w := *s.local
 		w.role = r
 		w.stamp = func(o *order) {
-			o.Server, o.Token = netip.AddrPortFrom(s.address, port), s.server.Token
+			o.At, o.Token = endpoint{TCP: netip.AddrPortFrom(s.address, port)}, s.server.Token
 		}
 		return &w, nil
 	}

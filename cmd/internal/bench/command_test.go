@@ -44,11 +44,26 @@ func TestUsageErrors(t *testing.T) {
 		nobody bool
 		want   string
 	}{
-		{args: []string{path}, want: "--quick"},
+		{args: []string{"--quick", "--full", path}, want: "exclude each other"},
+		{args: []string{"--tests=stream,udp", path}, want: "\"udp\" is none of stream, rr, crr"},
+		{args: []string{"--paths=moon", path}, want: "none of pod"},
+		{args: []string{"--placements=any", path}, want: "none of same-cpu"},
+		{args: []string{"--sizes=64,0", path}, want: "\"0\": a message has 1 B to 16 MiB"},
+		{args: []string{"--sizes=10GiB", path}, want: "\"10GiB\": a message has"},
+		{args: []string{"--sizes=", path}, want: "is no size"},
+		{args: []string{"--quick", "--paths=ipv6", path}, want: "has no such points"},
+		{args: []string{"--repeats=4", path}, want: "--repeats 4: it is 5 to 1000"},
+		{args: []string{"--length=199ms", path}, want: "a run takes 200ms to 1m0s"},
+		{args: []string{"--reference=tcp", path}, want: "--reference \"tcp\": it is unix"},
+		{args: []string{"--min-speedup=2", path}, want: "--min-speedup is for --check"},
+		{args: []string{"--check", "--min-speedup=-1", path}, want: "a ratio from 0 on"},
+		{args: []string{"--json=-", "--csv=-", path}, want: "cannot both be standard output"},
+		{args: []string{"--csv=/", path}, want: "it is a directory"},
+		{args: []string{"--cni-path=/nonexistent"}, want: "no such directory"},
 		{args: []string{"--quick", path, "--sockets=some"}, want: "blocking or nonblocking"},
 		{args: []string{"--quick", path, "--json=/nonexistent/file"}, want: "its directory is not writable"},
 		{args: []string{"--quick", "--cni-path=" + t.TempDir()}, want: "no CNI plugin bridge"},
-		{args: []string{"--quick", path, "--repeats=0"}, want: "unknown flag"},
+		{args: []string{"--quick", path, "--speed=9"}, want: "unknown flag"},
 		{args: []string{"--quick", path, "argument"}, want: "argument"},
 		{args: []string{"--quick", path}, nobody: true, want: "needs root"},
 	} {

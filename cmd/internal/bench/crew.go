@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net/netip"
 	"os"
 	"os/exec"
 	"time"
@@ -145,6 +144,24 @@ func (m measured) rate(test Test) float64 {
 	return 0
 }
 
+// cpu is the CPU time of both sides in their windows. Interrupts of a CPU that they
+// share are counted once.
+func (m measured) cpu(p Placement) time.Duration {
+	ns := m.client.CPU.Thread + m.server.CPU.Thread + m.client.CPU.Interrupts
+	if p == CrossCPU {
+		ns += m.server.CPU.Interrupts
+	}
+	return time.Duration(ns)
+}
+
+// moved is the payload bytes of what makes the rate.
+func (m measured) moved(p Point) uint64 {
+	if p.Test == Stream {
+		return m.server.Read
+	}
+	return m.client.Transactions * uint64(p.RequestBytes+p.ResponseBytes)
+}
+
 // elapsed is the time in which what makes the rate was counted.
 func (m measured) elapsed(test Test) time.Duration {
 	if test == Stream {
@@ -160,13 +177,10 @@ type placed struct{ client, server int }
 const runTimeout = 10 * time.Second
 
 // run lets two workers do one run of a point; the order says which.
-func run(ctx context.Context, client, server *remote, o order, cpus placed, target netip.Addr) (m measured, err error) {
+func run(ctx context.Context, client, server *remote, o order, cpus placed, target endpoint) (m measured, err error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, o.WarmUp+o.Length+runTimeout, errors.New("the run does not end"))
 	defer cancel()
-	o.Verb, o.CPU, o.Address = listen, cpus.server, netip.IPv4Unspecified()
-	if target.Is6() {
-		o.Address = netip.IPv6Unspecified()
-	}
+	o.Verb, o.CPU, o.At = listen, cpus.server, target.any()
 	if err := server.send(o); err != nil {
 		return m, err
 	}
@@ -178,7 +192,7 @@ func run(ctx context.Context, client, server *remote, o order, cpus placed, targ
 	if err := server.send(o); err != nil {
 		return m, err
 	}
-	o.Verb, o.CPU, o.Server = drive, cpus.client, netip.AddrPortFrom(target, listening.Port)
+	o.Verb, o.CPU, o.At = drive, cpus.client, target.withPort(listening.Port)
 	if err := client.send(o); err != nil {
 		return m, err
 	}

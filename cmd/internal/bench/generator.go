@@ -2,9 +2,6 @@ package bench
 
 import (
 	"errors"
-	"fmt"
-	"math/rand/v2"
-	"net/netip"
 	"sync/atomic"
 	"time"
 )
@@ -31,7 +28,7 @@ type tally struct {
 	Transactions uint64     `json:"transactions"` // client of rr and crr
 	Read         uint64     `json:"read"`         // bytes; server of a stream
 	Elapsed      int64      `json:"elapsed_ns"`   // from the first to the last thing counted
-	CPU          int64      `json:"cpu_ns"`       // of the generator's thread
+	CPU          cpuTime    `json:"cpu"`
 	Latency      *histogram `json:"latency,omitempty"`
 
 	// In the whole run, warm-up included.
@@ -89,15 +86,19 @@ func (g *generator) open() {
 }
 
 // client runs the client's side against a server.
-func (g *generator) client(server netip.AddrPort) error {
+func (g *generator) client(server endpoint) error {
 	if g.point.Test == ConnectRequestResponse && !g.verify {
 		return g.connectRequestResponse(server)
+	}
+	if g.point.Connections > 1 && !g.verify {
+		return g.manyClient(server)
 	}
 	s, err := g.connect(server)
 	if err != nil {
 		return err
 	}
 	defer s.close()
+	g.open()
 	switch {
 	case g.verify:
 		err = verify(s, true)
@@ -112,8 +113,8 @@ func (g *generator) client(server netip.AddrPort) error {
 	return errors.Join(err, g.tally.add(s, true))
 }
 
-func (g *generator) connect(server netip.AddrPort) (*socket, error) {
-	s, err := newSocket(server.Addr().Is6(), g.nonBlocking)
+func (g *generator) connect(server endpoint) (*socket, error) {
+	s, err := newSocket(server.domain(), g.nonBlocking)
 	if err != nil {
 		return nil, err
 	}
@@ -121,7 +122,7 @@ func (g *generator) connect(server netip.AddrPort) (*socket, error) {
 		err = s.setNoDelay()
 	}
 	if err == nil {
-		err = s.connect(sockaddr(server))
+		err = s.connect(server.sockaddr())
 	}
 	if err == nil && len(g.token) > 0 && !g.tokenInRequest() {
 		err = s.send(g.token)
@@ -130,7 +131,6 @@ func (g *generator) connect(server netip.AddrPort) (*socket, error) {
 		s.close()
 		return nil, err
 	}
-	g.open()
 	return s, nil
 }
 
@@ -182,7 +182,7 @@ func (g *generator) requestResponse(s *socket) error {
 	}
 }
 
-func (g *generator) connectRequestResponse(server netip.AddrPort) error {
+func (g *generator) connectRequestResponse(server endpoint) error {
 	request, response := make([]byte, g.point.RequestBytes), make([]byte, g.point.ResponseBytes)
 	copy(request, g.token)
 	g.tally.Latency = newHistogram()
@@ -191,6 +191,7 @@ func (g *generator) connectRequestResponse(server netip.AddrPort) error {
 		if err != nil {
 			return err
 		}
+		g.open()
 		if err := s.send(request); err != nil {
 			s.close()
 			return err
@@ -212,15 +213,18 @@ func (g *generator) connectRequestResponse(server netip.AddrPort) error {
 	}
 }
 
-// streamOut sends until the window is over. The server counts what arrives.
-func (g *generator) streamOut(s *socket) error {
+// streamOut sends in turn on each connection until the window is over. The server
+// counts what arrives.
+func (g *generator) streamOut(sockets ...*socket) error {
 	message := make([]byte, g.point.RequestBytes)
 	var over atomic.Bool
 	timer := time.AfterFunc(g.warmUp+g.length+streamSlack, func() { over.Store(true) })
 	defer timer.Stop()
 	for !over.Load() {
-		if err := s.send(message); err != nil {
-			return err
+		for _, s := range sockets {
+			if err := s.send(message); err != nil {
+				return err
+			}
 		}
 	}
 	return nil
@@ -228,6 +232,9 @@ func (g *generator) streamOut(s *socket) error {
 
 // server serves connections one after the other until the listener is shut down.
 func (g *generator) server(l *socket) error {
+	if g.point.Connections > 1 && !g.verify {
+		return g.manyServer(l)
+	}
 	for {
 		s, err := l.accept()
 		if errors.Is(err, errStopped) {
@@ -276,86 +283,26 @@ func (g *generator) respond(s *socket) error {
 func (g *generator) streamIn(s *socket) error {
 	buf := make([]byte, streamBuffer)
 	for {
-		n, err := s.recv(buf)
-		if err != nil {
+		if more, err := g.streamRead(s, buf); err != nil || !more {
 			return err
 		}
-		now := g.now()
-		switch {
-		case now > g.window.until:
-		case g.started != 0:
-			g.tally.Read += uint64(n)
-			g.tally.Elapsed = int64(now - g.started)
-		case now >= g.window.from:
-			g.started = now
-		}
-		if n == 0 {
-			return nil
-		}
 	}
 }
 
-// The verification pass: the client sends messages of random sizes with content that
-// depends on the position in the stream, the server checks every byte and sends as
-// many back, which the client checks.
-const (
-	verifyMessages = 200
-	verifyLargest  = 1 << 20
-)
-
-func verifySizes() []int {
-	r := rand.New(rand.NewPCG(1, 2))
-	sizes := make([]int, verifyMessages)
-	for i := range sizes {
-		sizes[i] = 1 + r.IntN(verifyLargest>>r.IntN(20))
+// streamRead reads once; more is false at the end of the stream.
+func (g *generator) streamRead(s *socket, buf []byte) (more bool, err error) {
+	n, err := s.recv(buf)
+	if err != nil {
+		return false, err
 	}
-	return sizes
-}
-
-// fill writes the bytes of a stream from position at on.
-func fill(buf []byte, seed, at uint64) {
-	for i := range buf {
-		p := at + uint64(i)
-		word := (p>>3 + seed) * 0x9e3779b97f4a7c15
-		buf[i] = byte(word >> (8 * (p & 7)))
+	now := g.now()
+	switch {
+	case now > g.window.until:
+	case g.started != 0:
+		g.tally.Read += uint64(n)
+		g.tally.Elapsed = int64(now - g.started)
+	case now >= g.window.from:
+		g.started = now
 	}
-}
-
-// verify checks one side; first says who sends first.
-func verify(s *socket, first bool) error {
-	out, in := make([]byte, verifyLargest), make([]byte, verifyLargest)
-	want := make([]byte, verifyLargest)
-	own, peer := uint64(1), uint64(2)
-	if !first {
-		own, peer = peer, own
-	}
-	for _, n := range verifySizes() {
-		send := func() error {
-			fill(out[:n], own, s.sent)
-			return s.send(out[:n])
-		}
-		receive := func() error {
-			fill(want[:n], peer, s.received)
-			at := s.received
-			if ok, err := s.recvFull(in[:n]); err != nil || !ok {
-				return errors.Join(fmt.Errorf("no message at byte %d", at), err)
-			}
-			for i := range n {
-				if in[i] != want[i] {
-					return fmt.Errorf("byte %d is %#x, not %#x", at+uint64(i), in[i], want[i])
-				}
-			}
-			return nil
-		}
-		steps := []func() error{send, receive}
-		if !first {
-			steps[0], steps[1] = receive, send
-		}
-		for _, step := range steps {
-			if err := step(); err != nil {
-				return err
-			}
-		}
-	}
-	return nil
+	return n > 0, nil
 }

@@ -365,7 +365,7 @@ func FuzzOrder(f *testing.F) {
 		f.Fatal(err)
 	}
 	f.Add(append(good, '\n'))
-	f.Add([]byte(`{"verb":"listen","token":"x","inherited":9,"address":"::1","point":{"connections":1},"verify":true,"length_ns":1}` + "\n"))
+	f.Add([]byte(`{"verb":"listen","token":"x","inherited":9,"interrupts":true,"at":{"tcp":"[::1]:1","unix":"/etc/x"},"point":{"connections":1},"verify":true,"length_ns":1}` + "\n"))
 	f.Add([]byte("{}\n"))
 	f.Add([]byte(`{"verb":"listen","length_ns":1e300}` + "\n"))
 	f.Fuzz(func(t *testing.T, line []byte) {
@@ -378,7 +378,7 @@ func FuzzOrder(f *testing.F) {
 			return
 		}
 		p := clean.Point
-		if clean.Verb != listen || clean.Inherited != 0 || clean.Token != "" || clean.Address.IsValid() || clean.Server.IsValid() || !clean.NonBlocking {
+		if clean.Verb != listen || clean.Inherited != 0 || clean.Token != "" || clean.At != (endpoint{}) || clean.Interrupts || !clean.NonBlocking {
 			t.Errorf("passed on: %+v", clean)
 		}
 		if clean.Length <= 0 || clean.Length > maxRun || clean.CPU < 0 || clean.CPU > 1 || p.Connections != 1 {

@@ -2,8 +2,10 @@ package bench
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
+	"net/netip"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -18,6 +20,8 @@ type runner struct {
 	cpus       []int // that may be used
 	log        io.Writer
 	rules      *rules // nil: counterRules
+	// interruptsApart: CPU time is that of the threads and of their CPUs' interrupts.
+	interruptsApart bool
 }
 
 // rules judge what a run gave, by what a site can know.
@@ -31,8 +35,8 @@ type rules struct {
 
 // counterRules judge by the datapath's counters.
 var counterRules = &rules{
-	late: func(p Point, _ bool, _ measured, counted datapath.Counters) bool {
-		return p.Test != ConnectRequestResponse && counted.Connections[lateClaim] > 0
+	late: func(p Point, _ bool, m measured, counted datapath.Counters) bool {
+		return p.Test != ConnectRequestResponse && float64(counted.Connections[lateClaim]) > (1-enough)*float64(m.client.Conns)
 	},
 	prove: func(_ Point, plain, accelerated *Evidence) (Proof, string) { return prove(plain, accelerated) },
 }
@@ -72,87 +76,66 @@ func (r *runner) place(p Placement) (placed, error) {
 }
 
 // measure runs a point: plain, accelerated, accelerated, plain, and so on, so that a
-// machine that slowly changes its speed favours neither.
+// machine that slowly changes its speed favours neither. Where a reference is
+// asked for, it follows each pair.
 func (r *runner) measure(ctx context.Context, p Point) (Result, error) {
-	var plain, accelerated samples
+	var plain, accelerated, reference samples
 	for i := range r.parameters.Repeats {
-		pair := []*samples{&plain, &accelerated}
+		runs := []runKind{{}, {accelerated: true}}
 		if i%2 == 1 {
-			pair[0], pair[1] = pair[1], pair[0]
+			runs[0], runs[1] = runs[1], runs[0]
 		}
-		for _, s := range pair {
-			m, counted, err := r.run(ctx, p, s == &accelerated, false)
+		if r.parameters.Unix {
+			runs = append(runs, runKind{unix: true})
+		}
+		for _, kind := range runs {
+			m, counted, err := r.runAs(ctx, p, kind)
 			if err != nil {
 				return Result{}, fmt.Errorf("%s: %w", p, err)
 			}
-			s.add(p.Test, m, counted)
+			switch {
+			case kind.unix:
+				reference.add(p, m, counted)
+			case kind.accelerated:
+				accelerated.add(p, m, counted)
+			default:
+				plain.add(p, m, counted)
+			}
 		}
 	}
-	return conclude(p, &plain, &accelerated, r.judge()), nil
-}
-
-// samples are the runs of one kind.
-type samples struct {
-	rates    []float64
-	cpu      []float64
-	latency  histogram
-	evidence Evidence
-	again    uint64
-}
-
-func (s *samples) add(test Test, m measured, counted datapath.Counters) {
-	s.rates = append(s.rates, m.rate(test))
-	s.cpu = append(s.cpu, float64(m.client.CPU+m.server.CPU)/1e9)
-	if m.client.Latency != nil {
-		s.latency.merge(m.client.Latency)
+	result := conclude(p, &plain, &accelerated, r.judge())
+	if r.parameters.Unix {
+		figures := reference.figures(p)
+		result.Unix = &figures
 	}
-	s.again += m.client.Again + m.server.Again
-	s.evidence.add(m, counted)
-}
-
-func (s *samples) figures(p Point) Figures {
-	f := Figures{
-		P50: s.latency.quantile(0.5), P90: s.latency.quantile(0.9), P99: s.latency.quantile(0.99),
-		CPU: median(s.cpu),
-	}
-	rate := median(s.rates)
-	if p.Test == Stream {
-		f.BytesPerSecond = rate
-	} else {
-		f.TransactionsPerSecond = rate
-		f.BytesPerSecond = rate * float64(p.RequestBytes+p.ResponseBytes)
-	}
-	return f
-}
-
-// conclude makes a point's result of its runs.
-func conclude(p Point, plain, accelerated *samples, by *rules) Result {
-	speedups := ratios(accelerated.rates, plain.rates)
-	result := Result{
-		Point: p, Plain: plain.figures(p), Accelerated: accelerated.figures(p),
-		Speedup: median(speedups), MAD: mad(speedups), Repeats: len(speedups),
-		PayloadBytes: accelerated.evidence.Payload, RedirectedBytes: accelerated.evidence.redirected(),
-		TCPBytes: accelerated.evidence.TCP,
-		Speedups: speedups, Outliers: outliers(speedups),
-		Again: plain.again + accelerated.again,
-	}
-	result.Proof, result.Reason = by.prove(p, &plain.evidence, &accelerated.evidence)
-	return result
+	return result, nil
 }
 
 // attempts is how often a run that something disturbed is tried.
-const attempts = 3
+const attempts = 10
 
-// run does one run of a point and returns what the datapath counted meanwhile. It is
-// repeated if it did not cover its window, or if the one connection of a run was
-// kept from the handshake for so long that it stays plain by design.
+// A runKind says what a run of a point is for.
+type runKind struct {
+	accelerated bool
+	verify      bool // the verification pass
+	unix        bool // the reference: an AF_UNIX stream between the same pods
+}
+
+// run is [runner.runAs] without a reference.
 func (r *runner) run(ctx context.Context, p Point, accelerated, verify bool) (measured, datapath.Counters, error) {
+	return r.runAs(ctx, p, runKind{accelerated: accelerated, verify: verify})
+}
+
+// runAs does one run of a point and returns what the datapath counted meanwhile. It is
+// repeated if it did not cover its window, or if connections of a run were
+// kept from the handshake for so long that they stay plain by design.
+func (r *runner) runAs(ctx context.Context, p Point, kind runKind) (measured, datapath.Counters, error) {
 	var none datapath.Counters
 	cpus, err := r.place(p.Placement)
 	if err != nil {
 		return measured{}, none, err
 	}
-	target, err := r.site.target(p.Path)
+	target, err := r.target(p, kind)
 	if err != nil {
 		return measured{}, none, err
 	}
@@ -160,16 +143,16 @@ func (r *runner) run(ctx context.Context, p Point, accelerated, verify bool) (me
 	if p.Path == Loopback {
 		clients = serverPod
 	}
-	client, err := r.site.worker(role{clientSide, clients, accelerated})
+	client, err := r.site.worker(role{clientSide, clients, kind.accelerated})
 	if err != nil {
 		return measured{}, none, err
 	}
-	server, err := r.site.worker(role{serverSide, serverPod, accelerated})
+	server, err := r.site.worker(role{serverSide, serverPod, kind.accelerated})
 	if err != nil {
 		return measured{}, none, err
 	}
 	o := order{
-		Point: p, NonBlocking: r.parameters.NonBlocking, Verify: verify,
+		Point: p, NonBlocking: r.parameters.NonBlocking, Verify: kind.verify, Interrupts: r.interruptsApart,
 		WarmUp: r.parameters.WarmUp, Length: r.parameters.Length,
 	}
 	for attempt := 1; ; attempt++ {
@@ -186,9 +169,9 @@ func (r *runner) run(ctx context.Context, p Point, accelerated, verify bool) (me
 			return measured{}, none, err
 		}
 		counted := after.Since(before)
-		short := !verify && !m.covers(p.Test, r.parameters.Length)
-		late := r.judge().late(p, accelerated, m, counted)
-		why := "the client was late in the handshake"
+		short := !kind.verify && !m.covers(p.Test, r.parameters.Length)
+		late := r.judge().late(p, kind.accelerated, m, counted)
+		why := "a client was late in the handshake"
 		if short {
 			why = fmt.Sprintf("a run lasted %v", m.elapsed(p.Test))
 		}
@@ -200,6 +183,19 @@ func (r *runner) run(ctx context.Context, p Point, accelerated, verify bool) (me
 		}
 		fmt.Fprintf(r.log, "bench: %s: %s, once more\n", p, why)
 	}
+}
+
+// target is where a run's client connects to.
+func (r *runner) target(p Point, kind runKind) (endpoint, error) {
+	if kind.unix {
+		s, ok := r.site.(localSite)
+		if !ok {
+			return endpoint{}, errors.New("the pods share no file system: there can be no AF_UNIX reference")
+		}
+		return endpoint{Unix: s.socketPath()}, nil
+	}
+	addr, err := r.site.target(p.Path)
+	return endpoint{TCP: netip.AddrPortFrom(addr, 0)}, err
 }
 
 // covers tells if things were counted over most of a run's window.

@@ -35,6 +35,12 @@ type site interface {
 	facts() Facts
 }
 
+// A localSite's pods share a file system.
+type localSite interface {
+	// socketPath is where an AF_UNIX server may listen.
+	socketPath() string
+}
+
 const (
 	// gateTimeout is how long a first probe of the kernel may take.
 	gateTimeout = 30 * time.Second
@@ -238,7 +244,11 @@ func (s *privateSite) target(path Path) (netip.Addr, error) {
 	return netip.Addr{}, fmt.Errorf("unknown path %q", path)
 }
 
+func (s *privateSite) socketPath() string { return filepath.Join(s.node.Dir, "reference.sock") }
+
 func (s *privateSite) counters() (datapath.Counters, error) { return s.set.Counters() }
+
+func (s *privateSite) runTimes() (map[string]datapath.RunTime, error) { return s.set.RunTimes() }
 
 func (s *privateSite) facts() Facts {
 	return Facts{

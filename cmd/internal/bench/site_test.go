@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"net/netip"
 	"os"
@@ -16,6 +17,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/skipstack/skipstack/bpf"
 	"github.com/skipstack/skipstack/plugin/datapath"
 	"github.com/skipstack/skipstack/test/node"
 )
@@ -56,21 +58,22 @@ func wrongWorker([]string) int {
 	return 0
 }
 
-// localSite has plain workers only, on the loopback of the test: no pods, no root.
-type localSite struct {
+// loopbackSite has plain workers only, on the loopback of the test: no pods, no root.
+type loopbackSite struct {
 	t       *testing.T
 	server  string // worker of the server's side
 	addr    netip.Addr
 	workers map[role]*remote
 	started []*exec.Cmd
+	dir     string
 	order   []bool // accelerated or not, run by run
 }
 
-func newLocalSite(t *testing.T) *localSite {
-	return &localSite{t: t, server: "bench", addr: netip.MustParseAddr("127.0.0.1"), workers: map[role]*remote{}}
+func newLoopbackSite(t *testing.T) *loopbackSite {
+	return &loopbackSite{t: t, dir: t.TempDir(), server: "bench", addr: netip.MustParseAddr("127.0.0.1"), workers: map[role]*remote{}}
 }
 
-func (s *localSite) worker(r role) (*remote, error) {
+func (s *loopbackSite) worker(r role) (*remote, error) {
 	if r.side == clientSide {
 		s.order = append(s.order, r.accelerated)
 	}
@@ -96,9 +99,10 @@ func (s *localSite) worker(r role) (*remote, error) {
 	return w, nil
 }
 
-func (s *localSite) target(Path) (netip.Addr, error)      { return s.addr, nil }
-func (s *localSite) counters() (datapath.Counters, error) { return datapath.Counters{}, nil }
-func (s *localSite) facts() Facts                         { return Facts{} }
+func (s *loopbackSite) target(Path) (netip.Addr, error)      { return s.addr, nil }
+func (s *loopbackSite) counters() (datapath.Counters, error) { return datapath.Counters{}, nil }
+func (s *loopbackSite) facts() Facts                         { return Facts{} }
+func (s *loopbackSite) socketPath() string                   { return filepath.Join(s.dir, "socket") }
 
 func testRunner(t *testing.T, s site) *runner {
 	t.Helper()
@@ -106,7 +110,7 @@ func testRunner(t *testing.T, s site) *runner {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return &runner{site: s, cpus: cpus, log: io.Discard, parameters: Parameters{Repeats: 5, WarmUp: time.Millisecond, Length: 20 * time.Millisecond}}
+	return &runner{site: s, cpus: cpus, log: io.Discard, parameters: Parameters{Repeats: 5, WarmUp: time.Millisecond, Length: 50 * time.Millisecond}}
 }
 
 func point(test Test, request, response int) Point {
@@ -117,9 +121,10 @@ func TestGenerators(t *testing.T) {
 	for _, nonBlocking := range []bool{false, true} {
 		for _, p := range []Point{
 			point(RequestResponse, 64, 64), point(RequestResponse, 1, 300000), point(Stream, 1, 0), point(Stream, 1<<20, 0), point(ConnectRequestResponse, 64, 1000),
+			connections(16, point(RequestResponse, 64, 64)), connections(256, point(Stream, 4<<10, 0)),
 		} {
 			t.Run(fmt.Sprintf("%s nonblocking %v", p, nonBlocking), func(t *testing.T) {
-				r := testRunner(t, newLocalSite(t))
+				r := testRunner(t, newLoopbackSite(t))
 				r.parameters.NonBlocking = nonBlocking
 				m, _, err := r.run(t.Context(), p, false, false)
 				if err != nil {
@@ -128,14 +133,14 @@ func TestGenerators(t *testing.T) {
 				if m.client.Sent != m.server.Received || m.server.Sent != m.client.Received || m.payload() == 0 {
 					t.Errorf("bytes do not match: client %+v, server %+v", m.client, m.server)
 				}
-				if m.client.Conns != m.server.Conns || (m.client.Conns == 1) == (p.Test == ConnectRequestResponse) {
+				if m.client.Conns != m.server.Conns || (int(m.client.Conns) == p.Connections) == (p.Test == ConnectRequestResponse) {
 					t.Errorf("connections: client %d, server %d", m.client.Conns, m.server.Conns)
 				}
 				if part := float64(m.byTCP()) / float64(m.payload()); part < 0.999 || part > 1.001 {
 					t.Errorf("%d of %d bytes went by TCP, though nothing else could carry them", m.byTCP(), m.payload())
 				}
-				if m.rate(p.Test) <= 0 || m.client.CPU+m.server.CPU <= 0 {
-					t.Errorf("rate %v, CPU %d and %d ns", m.rate(p.Test), m.client.CPU, m.server.CPU)
+				if m.rate(p.Test) <= 0 || m.cpu(p.Placement) <= 0 {
+					t.Errorf("rate %v, CPU %v", m.rate(p.Test), m.cpu(p.Placement))
 				}
 				if n := m.client.Transactions; p.Test != Stream {
 					if want := uint64(p.RequestBytes) * n; n == 0 || m.client.Sent < want {
@@ -152,8 +157,33 @@ func TestGenerators(t *testing.T) {
 	}
 }
 
+// TestReference runs the AF_UNIX reference, whose bytes no TCP carries.
+func TestReference(t *testing.T) {
+	s := newLoopbackSite(t)
+	r := testRunner(t, s)
+	r.parameters.Unix = true
+	for _, p := range []Point{
+		point(RequestResponse, 64, 64), point(Stream, 64<<10, 0), point(ConnectRequestResponse, 64, 64), connections(16, point(RequestResponse, 64, 64)),
+	} {
+		m, _, err := r.runAs(t.Context(), p, runKind{unix: true})
+		if err != nil {
+			t.Fatalf("%s: %v", p, err)
+		}
+		if m.rate(p.Test) <= 0 || m.byTCP() != 0 || m.client.Sent != m.server.Received {
+			t.Errorf("%s: %+v", p, m)
+		}
+		if _, err := os.Stat(s.socketPath()); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("%s: the socket is left: %v", p, err)
+		}
+	}
+	result, err := r.measure(t.Context(), point(RequestResponse, 64, 64))
+	if err != nil || result.Unix == nil || result.Unix.TransactionsPerSecond <= 0 || result.Unix.P50 <= 0 {
+		t.Errorf("%+v, %v", result.Unix, err)
+	}
+}
+
 func TestRunsAlternate(t *testing.T) {
-	s := newLocalSite(t)
+	s := newLoopbackSite(t)
 	result, err := testRunner(t, s).measure(t.Context(), point(RequestResponse, 64, 64))
 	if err != nil {
 		t.Fatal(err)
@@ -171,11 +201,11 @@ func TestRunsAlternate(t *testing.T) {
 }
 
 func TestVerificationFindsWrongBytes(t *testing.T) {
-	good := testRunner(t, newLocalSite(t))
+	good := testRunner(t, newLoopbackSite(t))
 	if m, _, err := good.run(t.Context(), point(RequestResponse, 0, 0), false, true); err != nil || m.payload() < 1<<20 {
 		t.Errorf("right bytes: %v, %d bytes", err, m.payload())
 	}
-	s := newLocalSite(t)
+	s := newLoopbackSite(t)
 	s.server = "wrong"
 	_, _, err := testRunner(t, s).run(t.Context(), point(RequestResponse, 0, 0), false, true)
 	if err == nil || !strings.Contains(err.Error(), "byte 0 is 0x0, not") {
@@ -185,7 +215,7 @@ func TestVerificationFindsWrongBytes(t *testing.T) {
 
 func TestKilledWorkerEndsTheRun(t *testing.T) {
 	for _, victim := range []int{0, 1} {
-		s := newLocalSite(t)
+		s := newLoopbackSite(t)
 		r := testRunner(t, s)
 		if _, _, err := r.run(t.Context(), point(RequestResponse, 64, 64), false, false); err != nil {
 			t.Fatal(err)
@@ -222,17 +252,27 @@ func TestPrivateSite(t *testing.T) {
 		t.Fatal(err)
 	}
 	var log bytes.Buffer
-	one := func(int) []Point { return []Point{point(Stream, 64<<10, 0)} }
-	report, err := measureAll(t.Context(), s, quickParameters(options{sockets: "blocking"}), one, &log)
+	p := Parameters{Set: quickSet, Repeats: minRepeats, WarmUp: 10 * time.Millisecond, Length: minLength, Unix: true}
+	report, err := measureAll(t.Context(), s, p, []Point{point(Stream, 64<<10, 0)}, &log)
 	if err != nil {
 		t.Fatalf("%v\n%s", err, log.String())
 	}
 	if !report.Proven() || report.Header.Verified == 0 || len(report.Points) != 1 {
 		t.Errorf("not proven:\n%s", log.String())
 	}
+	result := report.Points[0]
+	if result.Unix == nil || result.Unix.BytesPerSecond <= 0 || result.Plain.CPUPerGB <= 0 || result.Accelerated.CPUPerGB <= 0 {
+		t.Errorf("reference or cost missing: %+v", result)
+	}
+	if !slices.ContainsFunc(result.Programs, func(c ProgramCost) bool {
+		return c.Name == bpf.DatapathProgRedirect && c.Runs > 100 && c.NsPerRun > 0
+	}) {
+		t.Errorf("the sk_msg program was not timed: %+v", result.Programs)
+	}
 	r := testRunner(t, s)
 	for _, p := range []Point{
 		point(RequestResponse, 64, 64), point(ConnectRequestResponse, 64, 64),
+		connections(16, point(RequestResponse, 64, 64)), connections(16, point(Stream, 64<<10, 0)),
 		{Test: RequestResponse, Path: ServiceIP, Placement: CrossCPU, RequestBytes: 64, ResponseBytes: 64, Connections: 1},
 		{Test: RequestResponse, Path: IPv6, Placement: SameCPU, RequestBytes: 64, ResponseBytes: 64, Connections: 1},
 		{Test: RequestResponse, Path: Loopback, Placement: SameCPU, RequestBytes: 64, ResponseBytes: 64, Connections: 1},
@@ -240,7 +280,7 @@ func TestPrivateSite(t *testing.T) {
 		if p.Placement == CrossCPU && len(r.cpus) == 1 {
 			p.Placement = SameCPU
 		}
-		if result, err := r.measure(t.Context(), p); err != nil || result.Proof != Proven {
+		if result, err := r.measure(t.Context(), p); err != nil || result.Proof == Failed || p.Test != Stream && result.Proof != Proven {
 			t.Errorf("%s: proof %s (%s), error %v", p, result.Proof, result.Reason, err)
 		}
 	}

@@ -1,10 +1,8 @@
 package bench
 
 import (
-	"encoding/binary"
 	"errors"
 	"fmt"
-	"net/netip"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -17,17 +15,15 @@ import (
 // blocked in a raw system call.
 type socket struct {
 	fd          int
+	local       bool // AF_UNIX
 	nonBlocking bool
 
 	sent, received uint64 // payload bytes
 	again          uint64 // EAGAIN from a blocking socket; see recv
 }
 
-func newSocket(ipv6, nonBlocking bool) (*socket, error) {
-	domain, kind := unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC
-	if ipv6 {
-		domain = unix.AF_INET6
-	}
+func newSocket(domain int, nonBlocking bool) (*socket, error) {
+	kind := unix.SOCK_STREAM | unix.SOCK_CLOEXEC
 	if nonBlocking {
 		kind |= unix.SOCK_NONBLOCK
 	}
@@ -35,50 +31,44 @@ func newSocket(ipv6, nonBlocking bool) (*socket, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open a socket: %w", err)
 	}
-	return &socket{fd: fd, nonBlocking: nonBlocking}, nil
+	return &socket{fd: fd, local: domain == unix.AF_UNIX, nonBlocking: nonBlocking}, nil
 }
 
-// sockaddr encodes an address for the kernel.
-func sockaddr(a netip.AddrPort) []byte {
-	family, b := uint16(unix.AF_INET), make([]byte, unix.SizeofSockaddrInet4)
-	if a.Addr().Is6() {
-		family, b = unix.AF_INET6, make([]byte, unix.SizeofSockaddrInet6)
-	}
-	binary.NativeEndian.PutUint16(b, family)
-	binary.BigEndian.PutUint16(b[2:], a.Port())
-	if a.Addr().Is6() {
-		copy(b[8:], a.Addr().AsSlice())
-	} else {
-		copy(b[4:], a.Addr().AsSlice())
-	}
-	return b
-}
-
+// setNoDelay does nothing to an AF_UNIX socket, which has no delay.
 func (s *socket) setNoDelay() error {
+	if s.local {
+		return nil
+	}
 	if err := unix.SetsockoptInt(s.fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1); err != nil {
 		return fmt.Errorf("set TCP_NODELAY: %w", err)
 	}
 	return nil
 }
 
-// listen binds to a port of the kernel's choice and returns it.
-func (s *socket) listen(addr netip.Addr) (uint16, error) {
-	sa := sockaddr(netip.AddrPortFrom(addr, 0))
+// listen binds to an address and returns the port, which the kernel chooses if it is 0.
+func (s *socket) listen(at endpoint) (uint16, error) {
+	sa := at.sockaddr()
 	if _, _, e := unix.RawSyscall(unix.SYS_BIND, uintptr(s.fd), uintptr(unsafe.Pointer(&sa[0])), uintptr(len(sa))); e != 0 {
-		return 0, fmt.Errorf("bind to %s: %w", addr, e)
+		return 0, fmt.Errorf("bind to %s: %w", at, e)
 	}
-	if err := unix.Listen(s.fd, 128); err != nil {
+	if err := unix.Listen(s.fd, backlog); err != nil {
 		return 0, fmt.Errorf("listen: %w", err)
 	}
 	bound, err := unix.Getsockname(s.fd)
 	if err != nil {
 		return 0, fmt.Errorf("read the port: %w", err)
 	}
-	if in6, ok := bound.(*unix.SockaddrInet6); ok {
-		return uint16(in6.Port), nil
+	switch bound := bound.(type) {
+	case *unix.SockaddrInet4:
+		return uint16(bound.Port), nil
+	case *unix.SockaddrInet6:
+		return uint16(bound.Port), nil
 	}
-	return uint16(bound.(*unix.SockaddrInet4).Port), nil
+	return 0, nil
 }
+
+// backlog has room for all connections of a point at once.
+const backlog = 1024
 
 // errStopped is returned by accept after the listener was shut down.
 var errStopped = errors.New("the listener was shut down")
@@ -109,7 +99,7 @@ func (s *socket) tryAccept() (*socket, unix.Errno) {
 	if e != 0 {
 		return nil, e
 	}
-	return &socket{fd: int(fd), nonBlocking: s.nonBlocking}, 0
+	return &socket{fd: int(fd), local: s.local, nonBlocking: s.nonBlocking}, 0
 }
 
 func (s *socket) connect(sa []byte) error {
@@ -212,8 +202,11 @@ func (s *socket) close() {
 }
 
 // tcpSent returns how many payload bytes went out by TCP, without retransmissions.
-// Redirected bytes are not among them.
+// Redirected bytes are not among them; those of an AF_UNIX socket neither.
 func (s *socket) tcpSent() (uint64, error) {
+	if s.local {
+		return 0, nil
+	}
 	info, err := unix.GetsockoptTCPInfo(s.fd, unix.IPPROTO_TCP, unix.TCP_INFO)
 	if err != nil {
 		return 0, fmt.Errorf("read TCP_INFO: %w", err)

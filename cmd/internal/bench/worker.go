@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net/netip"
 	"os/exec"
 	"runtime"
 	"sync/atomic"
@@ -17,16 +16,17 @@ import (
 // An order is what the bench asks of a worker process, one JSON object each on its
 // standard input. A worker answers every order but stop with a reply.
 type order struct {
-	Verb        verb           `json:"verb"`
-	Point       Point          `json:"point"`
-	NonBlocking bool           `json:"non_blocking"`
-	Verify      bool           `json:"verify"`
-	WarmUp      time.Duration  `json:"warm_up_ns"`
-	Length      time.Duration  `json:"length_ns"`
-	CPU         int            `json:"cpu"`
-	Address     netip.Addr     `json:"address"`        // listen
-	Server      netip.AddrPort `json:"server"`         // drive
-	Port        uint16         `json:"port,omitempty"` // listen; 0: of the kernel's choice
+	Verb        verb          `json:"verb"`
+	Point       Point         `json:"point"`
+	NonBlocking bool          `json:"non_blocking"`
+	Verify      bool          `json:"verify"`
+	WarmUp      time.Duration `json:"warm_up_ns"`
+	Length      time.Duration `json:"length_ns"`
+	CPU         int           `json:"cpu"`
+	At          endpoint      `json:"at"`             // where to listen, or the server to drive
+	Port        uint16        `json:"port,omitempty"` // listen with an inherited listener: its port
+	// Interrupts: their time is to be taken from /proc/stat; see interruptsApart.
+	Interrupts bool `json:"interrupts"`
 	// Token is what a client's connections begin with where strangers can reach the
 	// server; empty: nothing.
 	Token string `json:"token,omitempty"`
@@ -88,6 +88,7 @@ func runWorker(in io.Reader, out, stderr io.Writer) int {
 type worker struct {
 	out      *json.Encoder
 	listener *socket
+	at       endpoint     // of the listener
 	busy     chan error   // of the generator that runs, if any
 	stopping *atomic.Bool // set: accept no more from an inherited listener
 }
@@ -108,7 +109,7 @@ func (w *worker) obey(o order) error {
 		}
 		return w.start(o, func(g *generator) error { return g.server(w.listener) })
 	case drive:
-		return w.start(o, func(g *generator) error { return g.client(o.Server) })
+		return w.start(o, func(g *generator) error { return g.client(o.At) })
 	case stop:
 		if w.listener == nil {
 			return errors.New("stop: nothing listens")
@@ -118,6 +119,7 @@ func (w *worker) obey(o order) error {
 			w.listener, w.stopping = nil, nil
 			return <-w.busy
 		}
+		removed := w.at.remove() // before the reply
 		// Wakes accept, which cannot be interrupted otherwise.
 		if err := unix.Shutdown(w.listener.fd, unix.SHUT_RD); err != nil {
 			return fmt.Errorf("stop: %w", err)
@@ -125,7 +127,7 @@ func (w *worker) obey(o order) error {
 		err := <-w.busy
 		w.listener.close()
 		w.listener = nil
-		return err
+		return errors.Join(err, removed)
 	}
 	return fmt.Errorf("unknown order %q", o.Verb)
 }
@@ -138,8 +140,11 @@ func (w *worker) reply(r reply, err error) error {
 }
 
 func (w *worker) listen(o order) (uint16, error) {
-	s, err := newSocket(o.Address.Is6(), o.NonBlocking)
+	s, err := newSocket(o.At.domain(), o.NonBlocking)
 	if err != nil {
+		return 0, err
+	}
+	if err := o.At.remove(); err != nil { // of a run that was broken off
 		return 0, err
 	}
 	if o.Point.NoDelay { // accepted sockets inherit it
@@ -147,13 +152,13 @@ func (w *worker) listen(o order) (uint16, error) {
 	}
 	var port uint16
 	if err == nil {
-		port, err = s.listen(o.Address)
+		port, err = s.listen(o.At)
 	}
 	if err != nil {
 		s.close()
 		return 0, err
 	}
-	w.listener = s
+	w.listener, w.at = s, o.At
 	return port, nil
 }
 
@@ -169,8 +174,8 @@ func (w *worker) start(o order, run func(*generator) error) error {
 	w.busy = make(chan error, 1)
 	go func() {
 		runtime.LockOSThread() // and never unlocked: the thread ends with its affinity
-		done, cpu := make(chan struct{}), make(chan int64, 1)
-		go sampleCPU(unix.Gettid(), g.base, opened, done, cpu)
+		done, cpu := make(chan struct{}), make(chan cpuTime, 1)
+		go sampleCPU(unix.Gettid(), o, g.base, opened, done, cpu)
 		err := pin(o.CPU)
 		if err == nil {
 			err = run(g)
@@ -192,35 +197,4 @@ func pin(cpu int) error {
 		return fmt.Errorf("pin to CPU %d: %w", cpu, err)
 	}
 	return nil
-}
-
-// sampleCPU sends the CPU time that a thread used in its window, or until it is done.
-// It is another goroutine's work so that the generator pays nothing for it.
-func sampleCPU(tid int, base time.Time, opened <-chan window, done <-chan struct{}, result chan<- int64) {
-	var used int64
-	defer func() { result <- used }()
-	var w window
-	select {
-	case w = <-opened:
-	case <-done:
-		return
-	}
-	for _, at := range []time.Duration{w.from, w.until} {
-		select {
-		case <-time.After(at - time.Since(base)):
-		case <-done:
-		}
-		used = threadCPU(tid) - used
-	}
-}
-
-// threadCPU returns the CPU time of a thread of this process in nanoseconds, by the
-// clock that pthread_getcpuclockid(3) names; 0 if the thread is gone.
-func threadCPU(tid int) int64 {
-	const perThreadSched = 4 | 2
-	var ts unix.Timespec
-	if err := unix.ClockGettime(int32(^tid<<3|perThreadSched), &ts); err != nil {
-		return 0
-	}
-	return ts.Nano()
 }

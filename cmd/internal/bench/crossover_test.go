@@ -1,0 +1,82 @@
+package bench
+
+import (
+	"bytes"
+	"math"
+	"strings"
+	"testing"
+)
+
+func streams(speedups ...float64) []Result {
+	sizes := []int{64, 256, 1024, 4096}
+	var points []Result
+	for i, speedup := range speedups {
+		points = append(points, Result{Point: stream(PodIP, SameCPU, sizes[i]), Speedup: speedup, Proof: Proven})
+	}
+	return points
+}
+
+func TestCrossover(t *testing.T) {
+	for want, points := range map[string][]Result{
+		"skipstack is faster at every size, 64 B to 4 KiB":                 streams(1, 1.5, 2, 3),
+		"plain TCP is faster here at every size, 64 B to 4 KiB":            streams(0.5, 0.6, 0.7, 0.99),
+		"below about 128 bytes one-way, plain TCP is faster here":          streams(0.5, 1.5, 2, 3),
+		"below about 1024 bytes one-way, plain TCP is faster here":         streams(0.5, 0.9, 1, 3),
+		"plain TCP is faster here at 256 B, of 64 B to 4 KiB":              streams(1.1, 0.9, 2, 3),
+		"plain TCP is faster here at 64 B, 1 KiB, 4 KiB, of 64 B to 4 KiB": streams(0.9, 1.1, 0.9, 0.9),
+	} {
+		if got := crossover(points); got != want {
+			t.Errorf("got %q, want %q", got, want)
+		}
+	}
+	if got := between(streams(0.5, 1.5)[0], streams(0.5, 1.5)[1]); math.Abs(got-128) > 0.01 {
+		t.Errorf("half way from 64 to 256 is %v", got)
+	}
+}
+
+// TestCrossoversKeepApart: paths, placements and TCP_NODELAY have sentences of their own.
+func TestCrossoversKeepApart(t *testing.T) {
+	r := &Report{Points: streams(0.5, 1.5)}
+	for _, p := range streams(2, 2) {
+		p.NoDelay = true
+		r.Points = append(r.Points, p)
+	}
+	other := streams(0.1)[0]
+	other.Path = IPv6 // one size says nothing about others
+	many := streams(0.1)[0]
+	many.Connections = 16
+	r.Points = append(r.Points, other, many)
+	got := r.crossovers()
+	if len(got) != 2 || !strings.Contains(got[0], "below about 128 bytes") || !strings.Contains(got[1], "TCP_NODELAY:\n  skipstack is faster at every size") {
+		t.Errorf("%q", got)
+	}
+}
+
+func TestCheck(t *testing.T) {
+	r := &Report{Points: streams(0.5, 1.5, 1)}
+	if got := r.slower(1); len(got) != 1 || got[0].RequestBytes != 64 {
+		t.Errorf("slower than 1: %v", got)
+	}
+	var o options
+	o.check, o.minSpeedup = true, 1.2
+	var b bytes.Buffer
+	if err := o.writeCheck(r, &b); err != nil || strings.Count(b.String(), "ratio") != 2 || !strings.Contains(b.String(), "CHECK FAILED") {
+		t.Errorf("%s, %v", b.String(), err)
+	}
+	err := o.verdict(t.Context(), r, nil)
+	if err == nil || !strings.Contains(err.Error(), "2 of 3 points are slower than 1.20") {
+		t.Errorf("verdict %v", err)
+	}
+	b.Reset()
+	o.minSpeedup = 0.5
+	if err := o.writeCheck(r, &b); err != nil || !strings.Contains(b.String(), "no point is slower") {
+		t.Errorf("%s, %v", b.String(), err)
+	}
+	if err := o.verdict(t.Context(), r, nil); err != nil {
+		t.Errorf("verdict %v", err)
+	}
+	r.Points[0].Proof = Failed
+	if err := o.verdict(t.Context(), r, nil); err == nil || !strings.Contains(err.Error(), "not proven") {
+		t.Errorf("verdict %v", err)
+	}
+}

@@ -1,0 +1,66 @@
+package bench
+
+import (
+	"bytes"
+	"encoding/csv"
+	"os"
+	"path/filepath"
+	"slices"
+	"testing"
+	"time"
+)
+
+func TestCSV(t *testing.T) {
+	r := newReport(Parameters{Repeats: 5, Length: time.Second}, Facts{})
+	with := widest(Stream)
+	with.Unix = &Figures{BytesPerSecond: 3.25e9, CPU: 0.5}
+	r.Points = []Result{widest(RequestResponse), with}
+	var b bytes.Buffer
+	if err := r.encodeCSV(&b); err != nil {
+		t.Fatal(err)
+	}
+	lines, err := csv.NewReader(&b).ReadAll() // checks that all have as many fields
+	if err != nil || len(lines) != 3 {
+		t.Fatalf("%v, %v", lines, err)
+	}
+	cell := func(line int, column string) string {
+		i := slices.Index(lines[0], column)
+		if i < 0 {
+			t.Fatalf("no column %s", column)
+		}
+		return lines[line][i]
+	}
+	for _, c := range []struct {
+		line   int
+		column string
+		want   string
+	}{
+		{1, "test", "rr"}, {1, "path", "loopback"}, {1, "placement", "cross-cpu"}, {1, "request_bytes", "256"}, {1, "response_bytes", "30000"},
+		{1, "nodelay", "true"}, {1, "connections", "1"}, {1, "plain_transactions_per_s", "123456"}, {1, "accelerated_p99_ns", "123456789"},
+		{1, "unix_cpu_s", ""}, {2, "unix_cpu_s", "0.5"}, {2, "unix_throughput_bytes_per_s", "3250000000"}, {2, "plain_p50_ns", "123456789"},
+		{1, "speedup", "12.34"}, {1, "payload_bytes", "12340000000"}, {1, "redirected_bytes", "12340000000"}, {1, "tcp_bytes", "0"},
+		{1, "repeats", "0"}, {1, "mad", "1.23"}, {1, "proof", "overflow"},
+	} {
+		if got := cell(c.line, c.column); got != c.want {
+			t.Errorf("%s of line %d is %q, want %q", c.column, c.line, got, c.want)
+		}
+	}
+}
+
+func TestWriteFiles(t *testing.T) {
+	r := newReport(Parameters{Repeats: 5, Length: time.Second}, Facts{})
+	r.Points = []Result{widest(Stream)}
+	var o options
+	o.json, o.csv = filepath.Join(t.TempDir(), "file"), "-"
+	var out bytes.Buffer
+	if err := o.writeFiles(r, &out); err != nil {
+		t.Fatal(err)
+	}
+	if content, err := os.ReadFile(o.json); err != nil || !bytes.HasPrefix(content, []byte("{")) || !bytes.HasPrefix(out.Bytes(), []byte("test,path,")) {
+		t.Errorf("JSON %q, CSV %q, %v", content, out.String(), err)
+	}
+	o.json = t.TempDir()
+	if err := o.writeFiles(r, &out); err == nil {
+		t.Error("a directory is written to")
+	}
+}

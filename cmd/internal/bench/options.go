@@ -1,0 +1,181 @@
+package bench
+
+import (
+	"errors"
+	"fmt"
+	"math"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"github.com/skipstack/skipstack/test/node"
+)
+
+// flags are the command line as it was written.
+type flags struct {
+	quick, full                     bool
+	tests, paths, placements, sizes string
+	repeats                         int
+	length                          time.Duration
+	sockets, reference              string
+	cniPath                         string
+	json, csv                       string
+	check                           bool
+	minSpeedup                      float64
+}
+
+const (
+	// defaultCNIPath is where distributions and kubeadm put CNI plugins.
+	defaultCNIPath = "/opt/cni/bin"
+
+	blockingSockets    = "blocking"
+	nonBlockingSockets = "nonblocking"
+	unixReference      = "unix"
+)
+
+func (f *flags) add(cmd *cobra.Command) {
+	set := cmd.Flags()
+	set.BoolVar(&f.quick, "quick", false, "measure a small set in under 20 seconds")
+	set.BoolVar(&f.full, "full", false, "measure everything")
+	set.StringVar(&f.tests, "tests", "", "only these, a `LIST` of "+joined(allTests))
+	set.StringVar(&f.paths, "paths", "", "only these, a `LIST` of "+joined(allPaths))
+	set.StringVar(&f.placements, "placements", "", "only these, a `LIST` of "+joined(allPlacements))
+	set.StringVar(&f.sizes, "sizes", "", "message sizes of stream, and response sizes of rr, in place of the set's: a `LIST` such as 64,4KiB,1MiB")
+	set.IntVar(&f.repeats, "repeats", minRepeats, "`PAIRS` of runs of each point")
+	set.DurationVar(&f.length, "length", minLength, "`DURATION` of one run")
+	set.StringVar(&f.sockets, "sockets", blockingSockets, "what the generators use: blocking, or nonblocking with poll(2)")
+	set.StringVar(&f.reference, "reference", "", "unix: measure each point over an AF_UNIX stream too, which has no network at all")
+	set.StringVar(&f.cniPath, "cni-path", defaultCNIPath, "`DIRECTORY` of the CNI plugins")
+	set.StringVar(&f.json, "json", "", "also write the results as JSON to this `FILE`; - is standard output, the table then goes to standard error")
+	set.StringVar(&f.csv, "csv", "", "also write the results as CSV to this `FILE`; - as with --json")
+	set.BoolVar(&f.check, "check", false, "fail if a point is slower than --min-speedup, too")
+	set.Float64Var(&f.minSpeedup, "min-speedup", 1, "with --check, the least `RATIO` of accelerated to plain")
+}
+
+// options are what the command line asks for.
+type options struct {
+	flags
+	selection  selection
+	cniPathSet bool
+}
+
+// options checks what can be checked without looking at the machine.
+func (f *flags) options(cmd *cobra.Command) (options, error) {
+	o := options{flags: *f, cniPathSet: cmd.Flags().Changed("cni-path")}
+	var err error
+	switch {
+	case f.quick && f.full:
+		return o, errors.New("--quick and --full exclude each other")
+	case f.quick:
+		o.selection.set = quickSet
+	case f.full:
+		o.selection.set = fullSet
+	default:
+		o.selection.set = defaultSet
+	}
+	if o.selection.tests, err = parseChoice("tests", f.tests, allTests); err != nil {
+		return o, err
+	}
+	if o.selection.paths, err = parseChoice("paths", f.paths, allPaths); err != nil {
+		return o, err
+	}
+	if o.selection.placements, err = parseChoice("placements", f.placements, allPlacements); err != nil {
+		return o, err
+	}
+	if cmd.Flags().Changed("sizes") {
+		if o.selection.sizes, err = parseSizes(f.sizes); err != nil {
+			return o, err
+		}
+	}
+	if f.sockets != blockingSockets && f.sockets != nonBlockingSockets {
+		return o, fmt.Errorf("--sockets %q: it is %s or %s", f.sockets, blockingSockets, nonBlockingSockets)
+	}
+	if f.reference != "" && f.reference != unixReference {
+		return o, fmt.Errorf("--reference %q: it is %s", f.reference, unixReference)
+	}
+	if cmd.Flags().Changed("min-speedup") && !f.check {
+		return o, errors.New("--min-speedup is for --check")
+	}
+	if f.minSpeedup < 0 || math.IsNaN(f.minSpeedup) || math.IsInf(f.minSpeedup, 0) {
+		return o, fmt.Errorf("--min-speedup %v: it is a ratio from 0 on", f.minSpeedup)
+	}
+	if f.json == "-" && f.csv == "-" {
+		return o, errors.New("--json and --csv cannot both be standard output")
+	}
+	return o, parameters(o).validate()
+}
+
+// points lists what is measured on this machine.
+func (o options) points() ([]Point, error) {
+	cpus, err := allowedCPUs()
+	if err != nil {
+		return nil, err
+	}
+	return o.selection.points(len(cpus))
+}
+
+// checkMachine finds out whether the bench can be run here as asked.
+func (o options) checkMachine() error {
+	if _, err := o.points(); err != nil {
+		return err
+	}
+	for name, path := range map[string]string{"json": o.json, "csv": o.csv} {
+		if path == "" || path == "-" {
+			continue
+		}
+		if err := unix.Access(filepath.Dir(path), unix.W_OK); err != nil {
+			return fmt.Errorf("--%s %s: its directory is not writable: %w", name, path, err)
+		}
+		if info, err := os.Stat(path); err == nil && info.IsDir() {
+			return fmt.Errorf("--%s %s: it is a directory", name, path)
+		}
+	}
+	if os.Geteuid() != 0 {
+		return node.ErrPrivilege
+	}
+	return o.checkPrivate()
+}
+
+// checkPrivate finds out whether a private node can be made.
+func (o options) checkPrivate() error {
+	if info, err := os.Stat(o.cniPath); o.cniPathSet && (err != nil || !info.IsDir()) {
+		return fmt.Errorf("--cni-path %s: no such directory", o.cniPath)
+	}
+	if plugin := missingPlugin(o.cniPath, requiredPlugins); plugin != "" {
+		return fmt.Errorf("no CNI plugin %s in %s: name its directory with --cni-path (in the source tree, `make plugins` builds it in bin/cni)", plugin, o.cniPath)
+	}
+	program, err := os.Executable()
+	if err != nil {
+		return fmt.Errorf("find this program: %w", err)
+	}
+	cniPath, err := filepath.Abs(o.cniPath)
+	if err != nil {
+		return fmt.Errorf("--cni-path: %w", err)
+	}
+	for _, path := range []string{program, cniPath} {
+		if strings.HasPrefix(path, "/run/") {
+			return fmt.Errorf("%s cannot be used: the private node has a /run of its own", path)
+		}
+	}
+	return nil
+}
+
+// missingPlugin returns the first of these plugins that is not in a directory; ""
+// if all are.
+func missingPlugin(dir string, plugins []string) string {
+	for _, plugin := range plugins {
+		path, err := filepath.Abs(filepath.Join(dir, plugin))
+		if err == nil {
+			_, err = exec.LookPath(path)
+		}
+		if err != nil {
+			return plugin
+		}
+	}
+	return ""
+}

@@ -1,0 +1,133 @@
+package bench
+
+import (
+	"slices"
+	"testing"
+	"time"
+)
+
+func selected(t *testing.T, s selection, cpus int) []Point {
+	t.Helper()
+	points, err := s.points(cpus)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return points
+}
+
+func testParameters(set string) Parameters {
+	return Parameters{Set: set, Repeats: minRepeats, WarmUp: 10 * time.Millisecond, Length: minLength}
+}
+
+// TestSetsFit holds the sets to their times, with some to spare for a machine on
+// which a run has to be repeated.
+func TestSetsFit(t *testing.T) {
+	for set, limit := range map[string]time.Duration{quickSet: 20 * time.Second, defaultSet: 175 * time.Second} {
+		points := selected(t, selection{set: set}, 2)
+		if got := testParameters(set).estimate(points); got > limit {
+			t.Errorf("the %s set's %d points take %v, over %v", set, len(points), got, limit)
+		}
+		with := testParameters(set)
+		with.Unix = true
+		if with.estimate(points) < testParameters(set).estimate(points)*5/4 {
+			t.Error("a reference takes no time")
+		}
+	}
+}
+
+// TestSets checks what the issue asks of the sets: the pod IP path in full, the
+// others on one CPU at 64 B, 4 KiB and 64 KiB.
+func TestSets(t *testing.T) {
+	points, full := selected(t, selection{set: defaultSet}, 2), selected(t, selection{set: fullSet}, 2)
+	for _, set := range [][]Point{points, full, selected(t, selection{set: quickSet}, 2)} {
+		service := false
+		for i, p := range set {
+			if service = service || p.Path == ServiceIP; service && p.Path != ServiceIP {
+				t.Errorf("%s comes after a Service point, and would pay for its connection tracking", p)
+			}
+			if slices.Contains(set[:i], p) {
+				t.Errorf("%s is measured twice", p)
+			}
+		}
+	}
+	for _, p := range points {
+		if p.Path == PodIP {
+			continue
+		}
+		if p.Placement != SameCPU || !slices.Contains(fewSizes, p.RequestBytes) || p.Connections != 1 {
+			t.Errorf("the default set has %s", p)
+		}
+	}
+	of := func(points []Point, path Path) []Point {
+		return slices.DeleteFunc(slices.Clone(points), func(p Point) bool { return p.Path != path })
+	}
+	pod := of(points, PodIP)
+	if !slices.Equal(pod, of(full, PodIP)) {
+		t.Error("the default set does not have the pod IP path in full")
+	}
+	for _, path := range allPaths {
+		if len(of(full, path)) != len(pod) {
+			t.Errorf("the full set has %d points on path %s, %d on pod", len(of(full, path)), path, len(pod))
+		}
+		if path != PodIP && len(of(points, path)) < len(fewSizes) {
+			t.Errorf("the default set has %v on path %s", of(points, path), path)
+		}
+	}
+	for _, want := range []Point{
+		stream(PodIP, SameCPU, 64), stream(PodIP, CrossCPU, 256<<10), noDelay(stream(PodIP, SameCPU, 256<<10)),
+		rr(PodIP, SameCPU, 64, 64), rr(PodIP, CrossCPU, 128, 30000), rr(PodIP, SameCPU, 256, 8<<10), crr(PodIP, CrossCPU),
+		connections(16, rr(PodIP, SameCPU, 64, 64)), connections(256, stream(PodIP, CrossCPU, 64<<10)),
+	} {
+		if !slices.Contains(pod, want) {
+			t.Errorf("%s is not measured", want)
+		}
+	}
+}
+
+func TestSelection(t *testing.T) {
+	for _, p := range selected(t, selection{set: fullSet}, 1) {
+		if p.Placement == CrossCPU {
+			t.Fatalf("%s on one CPU", p)
+		}
+	}
+	got := selected(t, selection{
+		set: defaultSet, tests: []Test{Stream, RequestResponse}, paths: []Path{IPv6}, placements: []Placement{SameCPU}, sizes: []int{100},
+	}, 2)
+	if want := []Point{stream(IPv6, SameCPU, 100), rr(IPv6, SameCPU, 64, 64)}; !slices.Equal(got, want) {
+		t.Errorf("got %v, want %v", got, want)
+	}
+	if _, err := (selection{set: quickSet, paths: []Path{Loopback}}).points(2); err == nil {
+		t.Error("a selection without points is accepted")
+	}
+}
+
+func TestParseSizes(t *testing.T) {
+	got, err := parseSizes("64KiB, 1,16MiB,30000")
+	if want := []int{1, 30000, 64 << 10, 16 << 20}; err != nil || !slices.Equal(got, want) {
+		t.Errorf("got %v, %v", got, err)
+	}
+	for _, bad := range []string{"", "0", "-1", "10GiB", "9999999999999GiB", "17MiB", "16777217", "64,64", "1KiB,1024", "4K", "x", "64,", "1.5KiB"} {
+		if got, err := parseSizes(bad); err == nil {
+			t.Errorf("%q gives %v", bad, got)
+		}
+	}
+}
+
+func TestParametersAreChecked(t *testing.T) {
+	if err := testParameters(quickSet).validate(); err != nil {
+		t.Fatal(err)
+	}
+	for name, change := range map[string]func(*Parameters){
+		"few repeats":  func(p *Parameters) { p.Repeats = 4 },
+		"many repeats": func(p *Parameters) { p.Repeats = 1001 },
+		"short":        func(p *Parameters) { p.Length = minLength - 1 },
+		"long":         func(p *Parameters) { p.Length = time.Hour },
+		"no warm-up":   func(p *Parameters) { p.WarmUp = 0 },
+	} {
+		p := testParameters(quickSet)
+		change(&p)
+		if p.validate() == nil {
+			t.Errorf("%s: accepted", name)
+		}
+	}
+}

@@ -1,0 +1,200 @@
+package bench
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/skipstack/skipstack/test/node"
+)
+
+// resultFD is where the isolated bench writes its JSON: files that its caller can
+// name may be hidden from it.
+const resultFD = 3
+
+// outside checks what can be checked before anything is created, and runs the bench
+// in private namespaces.
+func outside(ctx context.Context, c Config, o options, args []string) error {
+	if err := o.checkMachine(); err != nil {
+		return &ExitError{ExitUsage, err}
+	}
+	resultRead, resultWrite, err := os.Pipe()
+	if err != nil {
+		return &ExitError{ExitNotProven, err}
+	}
+	defer resultRead.Close()
+	var result bytes.Buffer
+	copied := make(chan error, 1)
+	go func() {
+		_, err := io.Copy(&result, resultRead)
+		copied <- err
+	}()
+	code, err := node.Isolate(ctx, node.Command{
+		Args: args, Env: c.Env, Stdin: c.In, Stdout: c.Out, Stderr: c.ErrOut,
+		ExtraFiles: []*os.File{resultWrite},
+	})
+	resultWrite.Close()
+	if err != nil && !errors.Is(err, node.ErrLeftover) {
+		return &ExitError{ExitUsage, err} // it did not begin
+	}
+	err = errors.Join(err, <-copied)
+	if err == nil && result.Len() > 0 {
+		var report Report
+		if err = json.Unmarshal(result.Bytes(), &report); err == nil {
+			err = o.writeFiles(&report, c.Out)
+		}
+	}
+	if code == ExitProven && err == nil {
+		return nil
+	}
+	return &ExitError{max(code, ExitNotProven), err}
+}
+
+// inside is the bench in its private namespaces.
+func inside(ctx context.Context, c Config, o options) error {
+	machine, err := node.Prepare()
+	if err != nil {
+		return &ExitError{ExitNotProven, fmt.Errorf("prepare private namespaces: %w", err)}
+	}
+	program, err := os.Executable()
+	if err != nil {
+		return &ExitError{ExitNotProven, fmt.Errorf("find this program: %w", err)}
+	}
+	cniPath, err := filepath.Abs(o.cniPath)
+	if err != nil {
+		return &ExitError{ExitNotProven, fmt.Errorf("--cni-path: %w", err)}
+	}
+	fmt.Fprintln(c.ErrOut, "bench: making a private node with two pods")
+	site, err := newPrivateSite(ctx, privateOptions{
+		cniPath: cniPath, program: program, stderr: c.ErrOut, mode: "on",
+		worker: func() *exec.Cmd { return selfWorker(c.Env) },
+	})
+	report, err := o.session(ctx, c, site, err)
+	err = errors.Join(err, site.close())
+	if left, leftErr := machine.Leftovers(); leftErr != nil || len(left) > 0 {
+		err = errors.Join(err, leftErr, fmt.Errorf("%w:\n%s", node.ErrLeftover, strings.Join(left, "\n")))
+	}
+	if report != nil {
+		err = errors.Join(err, report.writeJSON(os.NewFile(resultFD, "results")))
+	}
+	return o.verdict(ctx, report, err)
+}
+
+// session measures at a site, unless there was an error in making it, and prints
+// what came of it.
+func (o options) session(ctx context.Context, c Config, s site, err error) (*Report, error) {
+	if err != nil {
+		return nil, err
+	}
+	points, err := o.points()
+	if err != nil {
+		return nil, err
+	}
+	report, err := measureAll(ctx, s, parameters(o), points, c.ErrOut)
+	if err != nil {
+		return nil, err
+	}
+	out := c.Out
+	if o.json == "-" || o.csv == "-" {
+		out = c.ErrOut
+	}
+	// What is measured is told, even if cleaning up fails then.
+	return report, errors.Join(report.writeText(out), o.writeCheck(report, out))
+}
+
+// verdict makes the command's outcome of what was measured and what failed.
+func (o options) verdict(ctx context.Context, report *Report, err error) error {
+	switch {
+	case ctx.Err() != nil:
+		return &ExitError{ExitNotProven, errors.Join(errors.New("interrupted: nothing is proven, and what was created is removed"), onlyLeftover(err))}
+	case errors.Is(err, errNotAllowed):
+		return &ExitError{ExitNotAllowed, err}
+	case err != nil:
+		return &ExitError{ExitNotProven, err}
+	case !report.Proven():
+		return &ExitError{ExitNotProven, errors.New("the bypass is not proven")}
+	case o.check && len(report.slower(o.minSpeedup)) > 0:
+		return &ExitError{ExitNotProven, fmt.Errorf("%d of %d points are slower than %.2f times plain TCP", len(report.slower(o.minSpeedup)), len(report.Points), o.minSpeedup)}
+	}
+	return nil
+}
+
+// onlyLeftover hides errors that an interruption causes everywhere.
+func onlyLeftover(err error) error {
+	if errors.Is(err, node.ErrLeftover) {
+		return err
+	}
+	return nil
+}
+
+// errNoPath is returned where a site has no such path.
+var errNoPath = errors.New("no such path here")
+
+// measureAll measures points at a site.
+func measureAll(ctx context.Context, s site, p Parameters, points []Point, log io.Writer) (*Report, error) {
+	if err := p.validate(); err != nil {
+		return nil, err
+	}
+	cpus, err := allowedCPUs()
+	if err != nil {
+		return nil, err
+	}
+	r := &runner{site: s, parameters: p, cpus: cpus, log: log}
+	if r.interruptsApart, err = interruptsApart(); err != nil {
+		return nil, err
+	}
+	start := time.Now()
+	report := newReport(p, s.facts())
+	report.Header.InterruptsApart = r.interruptsApart
+	fmt.Fprintf(log, "bench: %d points, about %v\n", len(points), p.estimate(points).Round(time.Second))
+	var path Path
+	missing := false
+	for i, point := range points {
+		if point.Path != path {
+			path = point.Path
+			if missing, err = r.begin(ctx, path, report); err != nil {
+				return nil, err
+			}
+		}
+		if missing {
+			continue
+		}
+		result, err := r.measure(ctx, point)
+		if err != nil {
+			return nil, err
+		}
+		report.Points = append(report.Points, result)
+		left := time.Since(start) / time.Duration(i+1) * time.Duration(len(points)-i-1)
+		fmt.Fprintf(log, "bench: %d/%d, %v left: %s: ratio %.2f, %s\n", i+1, len(points), left.Round(time.Second), point, result.Speedup, result.proof())
+	}
+	if err := r.costs(ctx, report); err != nil {
+		return nil, err
+	}
+	report.Header.Duration = time.Since(start).Seconds()
+	return report, nil
+}
+
+// begin verifies data on a path before it is measured. A path that the site does
+// not have is noted in the report.
+func (r *runner) begin(ctx context.Context, path Path, report *Report) (missing bool, err error) {
+	if _, err := r.site.target(path); errors.Is(err, errNoPath) {
+		report.Header.LeftOut = append(report.Header.LeftOut, fmt.Sprintf("path %s: %v", path, err))
+		fmt.Fprintf(r.log, "bench: path %s is left out: %v\n", path, err)
+		return true, nil
+	}
+	bytes, err := r.verify(ctx, path)
+	if err != nil {
+		return false, err
+	}
+	fmt.Fprintf(r.log, "bench: path %s: %s of data verified\n", path, quantity(float64(bytes), "B"))
+	report.Header.Verified += bytes
+	return false, nil
+}

@@ -1,0 +1,48 @@
+package bench
+
+import (
+	"fmt"
+	"strconv"
+)
+
+// proof is the proof and, if it failed, why.
+func (r Result) proof() string {
+	if r.Reason != "" {
+		return string(r.Proof) + ": " + r.Reason
+	}
+	return string(r.Proof)
+}
+
+func (f Figures) rate(t Test) string {
+	if t == Stream {
+		return quantity(f.BytesPerSecond, "B/s")
+	}
+	return quantity(f.TransactionsPerSecond, "/s")
+}
+
+// quantity writes a number with three digits and a decimal prefix.
+func quantity(v float64, unit string) string {
+	prefixes := []string{"", "k", "M", "G", "T", "P"}
+	i := 0
+	for ; v >= 999.5 && i < len(prefixes)-1; i++ {
+		v /= 1000
+	}
+	if i == 0 {
+		return fmt.Sprintf("%.0f %s", v, unit)
+	}
+	return fmt.Sprintf("%s %s%s", threeDigits(v), prefixes[i], unit)
+}
+
+func threeDigits(v float64) string {
+	digits := 0
+	switch {
+	case v < 9.995:
+		digits = 2
+	case v < 99.95:
+		digits = 1
+	}
+	return strconv.FormatFloat(v, 'f', digits, 64)
+}
+
+// micros writes nanoseconds as microseconds.
+func micros(ns int64) string { return threeDigits(float64(ns) / 1000) }
