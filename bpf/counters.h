@@ -2,26 +2,7 @@
 #ifndef SKIPSTACK_COUNTERS_H
 #define SKIPSTACK_COUNTERS_H
 
-#include "kernel.h"
-
-/* What became of a message that an application sent on an enrolled socket.
- * Labels for people are in labels.go; a test ties the two together. */
-enum message_outcome {
-	MESSAGE_REDIRECTED,
-	MESSAGE_NOT_ENROLLED,	/* the socket has no endpoint record */
-	MESSAGE_PLAIN,		/* the connection was decided to stay on TCP */
-	MESSAGE_LOST_RACE,	/* sent before the server was enrolled: decides for TCP */
-	MESSAGE_RECORD_MISSING, /* the connection's record was evicted */
-	MESSAGE_UNACKNOWLEDGED, /* bytes sent by TCP have not all arrived */
-	MESSAGE_NOT_READ,	/* bytes sent by TCP have not all been read */
-	MESSAGE_RECEIVER_FULL,	/* the receiver has its limit of bytes unread */
-	MESSAGE_MEMORY,		/* TCP or the receiver's memory cgroup is short of memory */
-	MESSAGE_CLOSING,	/* this side has shut down sending */
-	MESSAGE_ULP,		/* kTLS or another ULP owns the byte stream */
-	MESSAGE_SWITCHED_OFF,	/* the node's or a pod's gate is closed */
-	MESSAGE_PEER_GONE,	/* the receiving socket has left the sockhash */
-	MESSAGE_OUTCOMES,
-};
+#include "endpoint.h"
 
 /* What became of a connection at its handshake. */
 enum connection_outcome {
@@ -58,11 +39,6 @@ enum event {
 /* Keeps the enumerations in the object's BTF, from which the Go types are made. */
 const enum message_outcome *message_outcome_type __attribute__((unused));
 const enum event *event_type __attribute__((unused));
-
-struct message_count {
-	__u64 messages;
-	__u64 bytes;
-};
 
 struct counters {
 	struct message_count message[MESSAGE_OUTCOMES];

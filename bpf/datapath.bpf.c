@@ -354,8 +354,10 @@ static __always_inline void close_endpoint(struct bpf_sock_ops *ctx, struct bpf_
 	__sync_fetch_and_add(&pc->enrolled, e->enrolled);
 	__sync_fetch_and_add(&pc->redirected.messages, e->redirected.messages);
 	__sync_fetch_and_add(&pc->redirected.bytes, e->redirected.bytes);
-	__sync_fetch_and_add(&pc->passed.messages, e->passed.messages);
-	__sync_fetch_and_add(&pc->passed.bytes, e->passed.bytes);
+	__sync_fetch_and_add(&pc->passed_bytes, e->passed_bytes);
+	for (int i = 0; i < PASSES; i++)
+		if (e->passed[i])
+			__sync_fetch_and_add(&pc->passed[i], e->passed[i]);
 }
 
 /* abandon keeps a writer from waiting for a reader that is gone. A reader that
@@ -483,7 +485,7 @@ static __always_inline enum message_outcome overtakes(const struct tcp_sock *tp,
 {
 	/* Not a byte has gone by TCP, which the sequence number alone could
 	 * not tell once it has wrapped. */
-	if (tp->write_seq == e->own.snd && !e->passed.messages)
+	if (tp->write_seq == e->own.snd && !e->passed_bytes)
 		return MESSAGE_REDIRECTED;
 	if (tp->write_seq != tp->snd_una)
 		return MESSAGE_UNACKNOWLEDGED;
@@ -559,6 +561,16 @@ static __always_inline enum message_outcome classify(struct sk_msg_md *msg, stru
 	return MESSAGE_REDIRECTED;
 }
 
+/* count_pass counts a message of an enrolled socket that goes by TCP. */
+static __always_inline void count_pass(struct endpoint *e, enum message_outcome why, __u32 bytes)
+{
+	__u32 i = why - FIRST_PASS;
+
+	e->passed_bytes += bytes;
+	if (i < PASSES)
+		e->passed[i]++;
+}
+
 SEC("sk_msg")
 int redirect(struct sk_msg_md *msg)
 {
@@ -586,8 +598,7 @@ int redirect(struct sk_msg_md *msg)
 		e->redirected.messages++;
 		e->redirected.bytes += size;
 	} else {
-		e->passed.messages++;
-		e->passed.bytes += size;
+		count_pass(e, why, size);
 	}
 	count_message(why, size);
 	return SK_PASS;

@@ -92,8 +92,11 @@ type DatapathEndpoint struct {
 	_          structs.HostLayout
 	Own        DatapathEndKey
 	Secret     DatapathSecret
-	IsClient   uint32
 	Mode       DatapathEndpointMode
+	IsClient   uint8
+	Enrolled   uint8
+	Closed     uint8
+	Pressure   uint8
 	PeerSk     uint64
 	PeerCookie uint64
 	Pod        uint64
@@ -105,21 +108,17 @@ type DatapathEndpoint struct {
 	Gate       uint32
 	PodLimit   uint32
 	Limit      uint32
-	Pressure   uint32
 	Queued     uint32
-	Closed     uint32
-	Enrolled   uint32
+	_          [4]byte
 	SinceNs    uint64
 	Redirected struct {
 		_        structs.HostLayout
 		Messages uint64
 		Bytes    uint64
 	}
-	Passed struct {
-		_        structs.HostLayout
-		Messages uint64
-		Bytes    uint64
-	}
+	PassedBytes uint64
+	Passed      [11]uint32
+	_           [4]byte
 }
 
 type DatapathEndpointMode uint32
@@ -185,11 +184,8 @@ type DatapathPodCounters struct {
 		Messages uint64
 		Bytes    uint64
 	}
-	Passed struct {
-		_        structs.HostLayout
-		Messages uint64
-		Bytes    uint64
-	}
+	PassedBytes uint64
+	Passed      [11]uint64
 }
 
 type DatapathPortRange struct {

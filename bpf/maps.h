@@ -40,41 +40,6 @@ struct {
 	__type(value, struct connection);
 } connections SEC(".maps");
 
-enum endpoint_mode {
-	ENDPOINT_UNDECIDED, /* a client that has not sent yet */
-	ENDPOINT_REDIRECT,
-	ENDPOINT_PLAIN,
-};
-
-/* What an enrolled socket knows of itself and its peer. */
-struct endpoint {
-	struct end_key own;
-	struct secret secret;
-	__u32 is_client;
-	enum endpoint_mode mode;
-	/* The peer: its address is only a hint until the cookie has been
-	 * compared, because the kernel may have reused the memory. */
-	__u64 peer_sk;
-	__u64 peer_cookie;
-	__u64 pod;	/* cgroup id */
-	__u64 peer_pod; /* cgroup id */
-	/* Cached for one tick by refresh(). */
-	__u64 checked;	  /* jiffies */
-	__u64 peer_psock; /* address */
-	__u64 low_mark;	  /* tcp_mem[0], pages */
-	__u32 generation; /* of struct control */
-	__u32 gate;	  /* 1: open */
-	__u32 pod_limit;  /* bytes, of the receiver's pod */
-	__u32 limit;	  /* bytes, in force */
-	__u32 pressure;	  /* the receiver's memory cgroup is short of memory */
-	__u32 queued;	  /* messages redirected since the receiver was last seen empty */
-	__u32 closed;	  /* reached TCP_CLOSE; the record stays for those who still read */
-	__u32 enrolled;	  /* is, or was, in the sockhash */
-	/* Statistics. */
-	__u64 since_ns; /* CLOCK_MONOTONIC, of the SYN */
-	struct message_count redirected;
-	struct message_count passed;
-};
 
 /* Writers: sock_ops, and sk_msg under the socket's lock. Readers: the same.
  * Removed by the kernel with the socket. */
@@ -103,7 +68,8 @@ struct pod_counters {
 	/* Of connections that have closed. */
 	__u64 enrolled;
 	struct message_count redirected;
-	struct message_count passed;
+	__u64 passed_bytes;
+	__u64 passed[PASSES]; /* messages, by enum message_outcome - FIRST_PASS */
 };
 
 /* Keyed by the cgroup id of the pod.

@@ -48,6 +48,10 @@ func (s *Set) Pod(cgroupID uint64) (PodSettings, bool, error) {
 	if err != nil {
 		return PodSettings{}, false, fmt.Errorf("read the settings of cgroup %d: %w", cgroupID, err)
 	}
+	return settingsOf(v), true, nil
+}
+
+func settingsOf(v bpf.DatapathPod) PodSettings {
 	p := PodSettings{
 		Enabled:     v.Enabled != 0,
 		SwitchedOff: v.SwitchedOff != 0,
@@ -57,7 +61,7 @@ func (s *Set) Pod(cgroupID uint64) (PodSettings, bool, error) {
 	for _, r := range v.Excluded[:min(int(v.ExcludedRanges), MaxExcludePorts)] {
 		p.ExcludePorts = append(p.ExcludePorts, PortRange{r.First, r.Last})
 	}
-	return p, true, nil
+	return p
 }
 
 // Node reads the node's gate.

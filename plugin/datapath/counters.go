@@ -47,6 +47,20 @@ func (s *Set) Counters() (Counters, error) {
 	return c, nil
 }
 
+// Redirected is what skipped the stack.
+func (c Counters) Redirected() Count {
+	return c.Messages[bpf.MessageLabels[bpf.DatapathMessageOutcomeMESSAGE_REDIRECTED]]
+}
+
+// Passed is what recognised connections have sent by TCP.
+func (c Counters) Passed() Count {
+	var sum Count
+	for _, label := range bpf.MessageLabels[firstPass:] {
+		sum = sum.plus(c.Messages[label])
+	}
+	return sum
+}
+
 // Since returns what was counted after an earlier reading.
 func (c Counters) Since(earlier Counters) Counters {
 	d := Counters{Messages: map[string]Count{}, Connections: map[string]uint64{}, Events: map[string]uint64{}}
@@ -65,10 +79,14 @@ func (c Counters) Since(earlier Counters) Counters {
 
 // PodCounters is what one pod's connections have done.
 type PodCounters struct {
-	Live     uint64 // enrolled sockets that have not closed
+	Live     uint64 // sockets of recognised connections that have not closed
 	Enrolled uint64 // sockets ever enrolled
+	// Accelerated is how many of the live ones may redirect; see [Set.Observe],
+	// PodCounters leaves it 0.
+	Accelerated uint64
 	// Messages sent on connections that have closed.
 	Redirected, Passed Count
+	PassedBy           map[string]uint64 // messages, by the labels of package bpf
 }
 
 // PodCounters reads the counters of every attached pod, by cgroup id.
@@ -78,11 +96,13 @@ func (s *Set) PodCounters() (map[uint64]PodCounters, error) {
 	var v bpf.DatapathPodCounters
 	it := s.maps[bpf.DatapathMapPodsCount].Iterate()
 	for it.Next(&id, &v) {
+		by, passed := passes(v.Passed[:])
 		pods[id] = PodCounters{
 			Live:       v.Live,
 			Enrolled:   v.Enrolled,
 			Redirected: Count{v.Redirected.Messages, v.Redirected.Bytes},
-			Passed:     Count{v.Passed.Messages, v.Passed.Bytes},
+			Passed:     Count{passed, v.PassedBytes},
+			PassedBy:   by,
 		}
 	}
 	if err := it.Err(); err != nil {

@@ -220,8 +220,11 @@ func (s *Set) openFailed(err error) error {
 	return fmt.Errorf("open the datapath: %w", err)
 }
 
+// Build identifies this binary's programs, see [bpf.Build].
+func Build() [16]byte { return bpf.Build() }
+
 // Build identifies the object file that the programs come from; compare with
-// [bpf.Build].
+// [Build].
 func (s *Set) Build() ([16]byte, error) {
 	ctl, err := s.control()
 	return ctl.Build, err

@@ -477,10 +477,10 @@ func TestLayoutIsFixed(t *testing.T) {
 	}
 	want := map[string][2]uint32{ // key and value size, layout 1
 		bpf.DatapathMapConnections:     {8, 72},
-		bpf.DatapathMapEndpoints:       {4, 152},
+		bpf.DatapathMapEndpoints:       {4, 184},
 		bpf.DatapathMapFunnelNext:      {8, 16},
 		bpf.DatapathMapPods:            {8, 84},
-		bpf.DatapathMapPodsCount:       {8, 48},
+		bpf.DatapathMapPodsCount:       {8, 128},
 		bpf.DatapathMapSkipstackCount:  {4, 384},
 		bpf.DatapathMapSkipstackCtl:    {4, 36},
 		bpf.DatapathMapSkipstackSwitch: {4, 4},
