@@ -36,6 +36,7 @@ type fakeDatapath struct {
 	links    map[uint64]bool
 	pods     map[uint64]datapath.PodSettings
 	counters map[uint64]datapath.PodCounters
+	seen     datapath.Observation
 	bpffsDev uint64
 	fail     map[string]error         // by operation
 	block    map[string]chan struct{} // by operation: waits until closed
@@ -242,6 +243,13 @@ func (s *fakeSet) SetNode(n datapath.NodeSettings) error {
 }
 
 func (s *fakeSet) MaxConnections() (uint32, error) { return s.f.max, nil }
+
+func (s *fakeSet) Observe() (datapath.Observation, error) {
+	err := s.f.call("Observe")
+	s.f.mu.Lock()
+	defer s.f.mu.Unlock()
+	return s.f.seen, err
+}
 
 func (s *fakeSet) PodCounters() (map[uint64]datapath.PodCounters, error) {
 	s.f.mu.Lock()

@@ -32,10 +32,13 @@ var ErrNoPod = errors.New("no attachment of this pod is recorded on this node")
 type Node struct {
 	Deps
 	lockWait, probeWait time.Duration
+	proc                string
 }
 
 // NewNode returns a Node.
-func NewNode(d Deps) *Node { return &Node{Deps: d, lockWait: lockWait, probeWait: probeWait} }
+func NewNode(d Deps) *Node {
+	return &Node{Deps: d, lockWait: lockWait, probeWait: probeWait, proc: "/proc"}
+}
 
 // Loaded is what [Node.Load] has found or done.
 type Loaded struct {

@@ -69,6 +69,7 @@ type Set interface {
 	SetNode(datapath.NodeSettings) error
 	MaxConnections() (uint32, error)
 	PodCounters() (map[uint64]datapath.PodCounters, error)
+	Observe() (datapath.Observation, error)
 	Close() error
 }
 

@@ -63,7 +63,7 @@ func Run(ctx context.Context, args []string, s Streams, deps plugin.Deps, extra 
 	root.SetIn(s.In)
 	root.SetOut(s.Out)
 	root.SetErr(s.Err)
-	root.AddCommand(c.load(), c.unload(), c.on(), c.off(), c.doctor(), c.version(), c.probe())
+	root.AddCommand(c.load(), c.unload(), c.on(), c.off(), c.status(), c.connections(), c.doctor(), c.version(), c.probe())
 	root.AddCommand(extra...)
 
 	cmd, err := root.ExecuteContextC(ctx)

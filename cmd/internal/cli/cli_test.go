@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"encoding/json"
@@ -8,10 +9,12 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
@@ -91,6 +94,28 @@ func (f *fake) Pod(id uint64) (datapath.PodSettings, bool, error) {
 func (f *fake) SetPod(id uint64, p datapath.PodSettings) error { f.pods[id] = p; return nil }
 func (f *fake) PodCounters() (map[uint64]datapath.PodCounters, error) {
 	return map[uint64]datapath.PodCounters{7: {Live: 1}, 8: {Live: 3}}, nil
+}
+func (f *fake) BPFFSIdentity(string) (uint64, uint64, error) { return 1, 1, nil }
+func (f *fake) Observe() (datapath.Observation, error) {
+	count := datapath.Count{Messages: 2, Bytes: 1500}
+	end := func(pod uint64, from, to string, unread uint64) *datapath.Socket {
+		return &datapath.Socket{Pod: pod, Mode: datapath.ModeRedirect, Local: netip.MustParseAddrPort(from), Remote: netip.MustParseAddrPort(to),
+			Age: 90 * time.Second, Redirected: count, PassedBy: map[string]uint64{}, Unread: unread, Next: "redirected"}
+	}
+	return datapath.Observation{
+		Node: f.node, MaxConnections: f.max,
+		Settings: f.pods,
+		Pods:     map[uint64]datapath.PodCounters{7: {Accelerated: 1, Redirected: count, Passed: datapath.Count{Messages: 1, Bytes: 500}}},
+		Counters: datapath.Counters{
+			Messages:    map[string]datapath.Count{"redirected": count, "not_read": {Messages: 1, Bytes: 500}, "plain": {}},
+			Connections: map[string]uint64{"enrolled": 1},
+		},
+		Connections: []datapath.Connection{
+			{Client: end(7, "10.0.0.2:40000", "10.96.0.1:80", 0), Server: end(9, "10.0.0.3:8080", "10.0.0.2:40000", 12)},
+			{Server: end(9, "10.0.0.3:8080", "10.0.0.2:40001", 0)},
+		},
+		Sockets: datapath.Usage{Entries: 2, Max: 8},
+	}, f.fail
 }
 func (f *fake) Cached(string) (plugin.Verdict, error) { return plugin.Verdict{}, plugin.ErrNoVerdict }
 func (f *fake) Probe(context.Context, plugin.Config) (plugin.Verdict, error) {
@@ -196,6 +221,21 @@ func TestCommands(t *testing.T) {
 		{name: "doctor help", args: "doctor --help", out: []string{"0 safe; 4 risky; 3 unsupported", "--cni-conf-dir", "--no-cache", "--config CONFLIST"}},
 		{name: "doctor, argument", args: "doctor x", code: 2, err: "x"},
 		{name: "doctor, no such config", args: "doctor --config /no/such/file", code: 2, err: "no such file"},
+		{name: "status, nothing loaded", args: "status --run-dir RUN", out: []string{"not to be seen: the datapath is not loaded", "unknown: the kernel has not been probed yet", "No pods are known."}},
+		{name: "status", args: "status --run-dir RUN", prepare: loaded, pod: true, out: []string{"socks 2 of 8", "Node:       closed:",
+			"2 connections accelerated now; 1.5 kB redirected in 2 messages, 500 B passed in 1 message (75.0 % bypassed)", "Passed:     not_read 1\n", "Handshakes: enrolled 1\n",
+			"POD     STATE     CONNECTIONS  REDIRECTED  PASSED  BYPASSED  PLAIN BECAUSE\nns/web  attached  1            1.5 kB      500 B   75.0 %    the kernel has not been probed"}},
+		{name: "status, empty cache directory", args: "status --cni-cache-dir=", code: 2, err: "--cni-cache-dir has no value"},
+		{name: "connections", args: "connections --run-dir RUN", prepare: loaded, pod: true, out: []string{
+			"1m30s  client  ns/web    10.0.0.2:40000  10.96.0.1:80    1.5 kB      0 B     0 B     redirected\n" +
+				"       server  cgroup 9  10.0.0.3:8080   10.0.0.2:40000  1.5 kB      0 B     12 B    redirected\n" +
+				"1m30s  client  closed, or not recognised\n"}},
+		{name: "connections of a port", args: "connections --run-dir RUN --port 81", prepare: loaded, out: []string{"No connections."}},
+		{name: "connections, not loaded", args: "connections --run-dir RUN", code: 1, err: "not loaded"},
+		{name: "connections, bad port", args: "connections --port 0", code: 2, err: "--port 0"},
+		{name: "connections, large port", args: "connections --port 65536", code: 2, err: "65536"},
+		{name: "connections, bad pod", args: "connections --pod web", code: 2, err: "NAMESPACE/NAME"},
+		{name: "connections, bad interval", args: "connections --watch --interval 1ms", code: 2, err: "shorter than"},
 		{name: "version", args: "version", out: []string{"skipstack ", "CNI specification 0.3.0, 0.3.1, 0.4.0, 1.0.0, 1.1.0"}},
 		{name: "version, argument", args: "version x", code: 2, err: "x"},
 		{name: "probe", args: `probe --entry {"runDir":"RUN"}`, prepare: loaded, err: `verdict="risky: splice"`},
@@ -388,5 +428,43 @@ func TestExplain(t *testing.T) {
 	}
 	if got := explain(os.ErrPermission); (os.Geteuid() != 0) != strings.Contains(got.Error(), "as root") {
 		t.Errorf("permission: %v", got)
+	}
+}
+
+// --watch goes on until it is interrupted, which is its proper end. As JSON, each
+// look is a line.
+func TestWatch(t *testing.T) {
+	f, runDir := newFake(t)
+	f.loaded = true
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	r, w := io.Pipe()
+	done := make(chan int, 1)
+	go func() {
+		deps := plugin.Deps{Datapath: f, Cgroups: cgroups{}, Verdicts: verdicts{f}}
+		args := []string{"connections", "--watch", "--json", "--interval", "200ms", "--run-dir", runDir}
+		done <- Run(ctx, args, Streams{Out: w, Err: w}, deps)
+		w.Close()
+	}()
+	lines := bufio.NewScanner(r)
+	for range 3 {
+		var list []plugin.ConnectionReport
+		if !lines.Scan() || json.Unmarshal(lines.Bytes(), &list) != nil || len(list) != 2 {
+			t.Fatalf("a look: %q", lines.Text())
+		}
+	}
+	cancel()
+	for lines.Scan() {
+	}
+	if code := <-done; code != 0 {
+		t.Errorf("exit code %d", code)
+	}
+}
+
+func TestSize(t *testing.T) {
+	for n, want := range map[uint64]string{0: "0 B", 999: "999 B", 1000: "1 kB", 1500: "1.5 kB", 999_400: "999 kB", 999_600: "1 MB", 12_345_678: "12.3 MB", 1 << 63: "9.22 EB"} {
+		if got := size(n); got != want {
+			t.Errorf("%d: %s, want %s", n, got, want)
+		}
 	}
 }

@@ -150,9 +150,9 @@ func (c *cli) switchCommand(use, short string, off bool, long string) *cobra.Com
 			if !cmd.Flags().Changed("pod") {
 				got, err = node.Switch(conf, off)
 			} else {
-				namespace, name, ok := strings.Cut(pod, "/")
-				if !ok || namespace == "" || name == "" || strings.Contains(name, "/") {
-					return fmt.Errorf("--pod %q is not NAMESPACE/NAME; %w", pod, errUsage)
+				var namespace, name string
+				if namespace, name, err = parsePod(pod); err != nil {
+					return err
 				}
 				what = "pod " + pod
 				got, err = node.SwitchPod(cmd.Context(), conf, namespace, name, off)
@@ -178,6 +178,31 @@ func (c *cli) switchCommand(use, short string, off bool, long string) *cobra.Com
 	return cmd
 }
 
+// binary is what this binary knows of itself.
+type binary struct {
+	Version  string   `json:"version"`
+	Revision string   `json:"revision,omitempty"`
+	Modified bool     `json:"modified,omitempty"`
+	Go       string   `json:"go"`
+	CNI      []string `json:"cniVersions"`
+}
+
+func buildInfo() binary {
+	v := binary{Version: "unknown", CNI: plugin.SupportedVersions().SupportedVersions()}
+	if info, ok := debug.ReadBuildInfo(); ok {
+		v.Version, v.Go = info.Main.Version, info.GoVersion
+		for _, s := range info.Settings {
+			switch s.Key {
+			case "vcs.revision":
+				v.Revision = s.Value
+			case "vcs.modified":
+				v.Modified = s.Value == "true"
+			}
+		}
+	}
+	return v
+}
+
 func (c *cli) version() *cobra.Command {
 	var asJSON bool
 	cmd := &cobra.Command{
@@ -185,24 +210,7 @@ func (c *cli) version() *cobra.Command {
 		Short: "Print the version of skipstack and of the CNI specification",
 		Args:  cobra.NoArgs,
 		RunE: func(*cobra.Command, []string) error {
-			v := struct {
-				Version  string   `json:"version"`
-				Revision string   `json:"revision,omitempty"`
-				Modified bool     `json:"modified,omitempty"`
-				Go       string   `json:"go"`
-				CNI      []string `json:"cniVersions"`
-			}{Version: "unknown", CNI: plugin.SupportedVersions().SupportedVersions()}
-			if info, ok := debug.ReadBuildInfo(); ok {
-				v.Version, v.Go = info.Main.Version, info.GoVersion
-				for _, s := range info.Settings {
-					switch s.Key {
-					case "vcs.revision":
-						v.Revision = s.Value
-					case "vcs.modified":
-						v.Modified = s.Value == "true"
-					}
-				}
-			}
+			v := buildInfo()
 			if asJSON {
 				return c.printJSON(v)
 			}
