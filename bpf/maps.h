@@ -40,7 +40,6 @@ struct {
 	__type(value, struct connection);
 } connections SEC(".maps");
 
-
 /* Writers: sock_ops, and sk_msg under the socket's lock. Readers: the same.
  * Removed by the kernel with the socket. */
 struct {
