@@ -23,9 +23,13 @@ type Outlook struct {
 }
 
 // Foresee says what ADD would make of a pod without a bandwidth limit: of one
-// without annotations, and of one that asks for acceleration. gate is the node's.
+// without annotations, and of one that asks for acceleration. gate is the node's, or
+// what the kernel's verdict asks for.
 // obstacle is why no pod can be attached to, "" where nothing is in the way.
 func Foresee(conf Config, gate datapath.NodeSettings, obstacle string) (pods, asking Outlook) {
+	if conf.SpliceGuard == SpliceGuardOff {
+		gate = unguarded(gate)
+	}
 	foresee := func(annotations map[string]string) Outlook {
 		settings, why := decide(conf, runtimeConfig{annotations: annotations})
 		if obstacle == "" && !gate.Open {

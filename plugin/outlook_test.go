@@ -9,6 +9,7 @@ import (
 
 func TestForesee(t *testing.T) {
 	splice := datapath.NodeSettings{Open: true, Risks: datapath.RiskSplice}
+	guarded := datapath.NodeSettings{Open: true, Guard: datapath.GuardLSM}
 	uncharged := datapath.NodeSettings{Open: true, Risks: datapath.RiskUncharged}
 	for name, tc := range map[string]struct {
 		members      string
@@ -18,6 +19,8 @@ func TestForesee(t *testing.T) {
 		why          string // of either
 	}{
 		"safe":           {``, datapath.NodeSettings{Open: true}, "", Accelerated, Accelerated, ""},
+		"guarded":        {``, guarded, "", Accelerated, Accelerated, ""},
+		"guard off":      {`"spliceGuard":"off"`, guarded, "", Plain, Accelerated, "not accepted: splice"},
 		"risky":          {``, splice, "", Plain, Accelerated, "not accepted: splice"},
 		"accepted":       {`"acceptRisks":["splice"]`, splice, "", Accelerated, Accelerated, ""},
 		"the node's":     {``, uncharged, "", Plain, Plain, "not accepted: uncharged"},

@@ -215,7 +215,12 @@ func (e *examination) foresee(rootErr error) {
 	e.Standing = standing
 	gate := e.Verdict.NodeSettings()
 	if standing.Loaded && standing.Node.Open {
-		if standing.Node.Risks != gate.Risks && e.ProbeError == "" {
+		// Without the guard, splice is a risk that no verdict names.
+		differ := standing.Node.Risks ^ gate.Risks
+		if e.Config.SpliceGuard == plugin.SpliceGuardOff {
+			differ &^= datapath.RiskSplice
+		}
+		if differ != 0 && e.ProbeError == "" {
 			e.Notes = append(e.Notes, fmt.Sprintf("the loaded datapath goes by an earlier verdict (risks: %s): unload and load it again to go by this one",
 				cmp.Or(standing.Node.Risks.String(), "none")))
 		}
@@ -240,6 +245,9 @@ func (e *examination) foresee(rootErr error) {
 		if other.Blocks && !other.Everywhere {
 			e.Notes = append(e.Notes, fmt.Sprintf("pods below cgroup %s are not: see %s of other software", other.Cgroup, other.Program))
 		}
+	}
+	if e.Config.SpliceGuard == plugin.SpliceGuardOff && e.Verdict.Guard != datapath.NoGuard {
+		e.Notes = append(e.Notes, "spliceGuard is off, which leaves the risk splice")
 	}
 	if e.Config.AcceptRisks&datapath.RiskBlocking == 0 && e.Config.Mode != plugin.ModeOff {
 		e.Notes = append(e.Notes, "connections of blocking sockets stay plain, unless the risk blocking is accepted")

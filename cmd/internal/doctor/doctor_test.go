@@ -282,6 +282,9 @@ func TestOutlook(t *testing.T) {
 		"earlier verdict": {nil, func(b *bench) {
 			b.loaded.loaded, b.loaded.node = true, datapath.NodeSettings{Open: true, Risks: datapath.RiskEpoll}
 		}, plugin.Plain, plugin.Accelerated, "an earlier verdict (risks: epoll)"},
+		"guard off": {nil, func(b *bench) {
+			b.kernel.verdicts[0].Guard, b.Config.SpliceGuard = datapath.GuardLSM, plugin.SpliceGuardOff
+		}, plugin.Plain, plugin.Accelerated, "spliceGuard is off"},
 		"other size":    {nil, func(b *bench) { b.loaded.loaded, b.loaded.max = true, 99 }, plugin.Accelerated, plugin.Accelerated, "loaded for 99 connections"},
 		"not openable":  {nil, func(b *bench) { b.loaded.err = errors.New("EACCES") }, plugin.Accelerated, plugin.Accelerated, "cannot be looked at: EACCES"},
 		"mode off":      {nil, func(b *bench) { b.Config.Mode = plugin.ModeOff }, plugin.Plain, plugin.Plain, "mode is off"},

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/skipstack/skipstack/plugin"
+	"github.com/skipstack/skipstack/plugin/datapath"
 	"github.com/skipstack/skipstack/plugin/verdict"
 )
 
@@ -231,6 +232,7 @@ func (r *Report) MarshalJSON() ([]byte, error) {
 		Inconclusive bool            `json:"inconclusive"` // the verdict counts what could not be told as not ok
 		Error        string          `json:"error,omitempty"`
 		Kernel       string          `json:"kernel"`
+		Guard        datapath.Guard  `json:"guard"` // form of the splice guard that works
 		Took         float64         `json:"tookSeconds"`
 		ProbedAt     time.Time       `json:"probedAt"`
 		Stored       bool            `json:"stored"`
@@ -244,7 +246,7 @@ func (r *Report) MarshalJSON() ([]byte, error) {
 		MemoryError  string          `json:"memoryError,omitempty"`
 	}{
 		r.Verdict.Level, r.Verdict.Risks.Names(), probes, r.ProbeError != "" || r.Verdict.Inconclusive(), r.ProbeError,
-		r.Verdict.Kernel, r.Took.Seconds(), r.Verdict.ProbedAt, r.Stored, r.NotStored,
+		r.Verdict.Kernel, r.Verdict.Guard, r.Took.Seconds(), r.Verdict.ProbedAt, r.Stored, r.NotStored,
 		r.Node, others, r.OthersError,
 		outlook{r.Conflist.Path, r.Conflist.Used, r.Config.Mode, r.Config.OnError, r.Config.AcceptRisks.Names(), r.Pods, r.Asking, notes},
 		loaded{r.Standing.Loaded, r.Standing.Node.Open, r.Standing.Node.SwitchedOff, r.Standing.Node.Risks.Names(), r.Standing.MaxConnections},
