@@ -256,8 +256,8 @@ func (p *PodReport) add(conf Config, r attachment.Record, seen *datapath.Observa
 		return
 	}
 	p.Connections += counters.Accelerated
-	p.Redirected = plus(p.Redirected, counters.Redirected)
-	p.Passed = plus(p.Passed, counters.Passed)
+	p.Redirected = p.Redirected.Plus(counters.Redirected)
+	p.Passed = p.Passed.Plus(counters.Passed)
 	for label, n := range counters.PassedBy {
 		p.PassedBy[label] += n
 	}
@@ -271,10 +271,6 @@ func (p *PodReport) add(conf Config, r attachment.Record, seen *datapath.Observa
 	default:
 		p.Reason = whyPlain(seen.Node, settings)
 	}
-}
-
-func plus(a, b datapath.Count) datapath.Count {
-	return datapath.Count{Messages: a.Messages + b.Messages, Bytes: a.Bytes + b.Bytes}
 }
 
 // here says whether the record's link is in the configured BPF file system, as

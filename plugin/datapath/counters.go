@@ -15,6 +15,9 @@ type Count struct {
 	Bytes    uint64 `json:"bytes"`
 }
 
+// Plus is the sum.
+func (c Count) Plus(d Count) Count { return Count{c.Messages + d.Messages, c.Bytes + d.Bytes} }
+
 // Counters is what became of messages and connections since the datapath was
 // loaded, by the labels of package bpf.
 type Counters struct {
@@ -47,16 +50,18 @@ func (s *Set) Counters() (Counters, error) {
 	return c, nil
 }
 
+// LabelRedirected is the label of messages that skipped the stack. All others
+// went by TCP.
+var LabelRedirected = bpf.MessageLabels[bpf.DatapathMessageOutcomeMESSAGE_REDIRECTED]
+
 // Redirected is what skipped the stack.
-func (c Counters) Redirected() Count {
-	return c.Messages[bpf.MessageLabels[bpf.DatapathMessageOutcomeMESSAGE_REDIRECTED]]
-}
+func (c Counters) Redirected() Count { return c.Messages[LabelRedirected] }
 
 // Passed is what recognised connections have sent by TCP.
 func (c Counters) Passed() Count {
 	var sum Count
 	for _, label := range bpf.MessageLabels[firstPass:] {
-		sum = sum.plus(c.Messages[label])
+		sum = sum.Plus(c.Messages[label])
 	}
 	return sum
 }

@@ -136,7 +136,7 @@ func (s *Set) Observe() (Observation, error) {
 	if o.Pods, err = s.PodCounters(); err != nil {
 		return o, err
 	}
-	for range observations {
+	for try := 1; ; try++ {
 		if sockets, err = s.sockets(); err != nil {
 			return o, err
 		}
@@ -144,11 +144,11 @@ func (s *Set) Observe() (Observation, error) {
 		if err != nil {
 			return o, err
 		}
-		same := maps.EqualFunc(o.Pods, later, PodCounters.equal)
-		o.Pods = later
-		if same {
+		// The earlier counters: what has closed since counts next time, and not twice now.
+		if try == observations || maps.EqualFunc(o.Pods, later, PodCounters.equal) {
 			break
 		}
+		o.Pods = later
 	}
 	if o.Counters, err = s.Counters(); err != nil {
 		return o, err
@@ -188,15 +188,13 @@ func (p PodCounters) with(k *Socket) PodCounters {
 	if k.Mode == ModeRedirect {
 		p.Accelerated++
 	}
-	p.Redirected = p.Redirected.plus(k.Redirected)
-	p.Passed = p.Passed.plus(k.Passed)
+	p.Redirected = p.Redirected.Plus(k.Redirected)
+	p.Passed = p.Passed.Plus(k.Passed)
 	for label, n := range k.PassedBy {
 		p.PassedBy[label] += n
 	}
 	return p
 }
-
-func (c Count) plus(d Count) Count { return Count{c.Messages + d.Messages, c.Bytes + d.Bytes} }
 
 // passes labels counters of passed messages, and sums them up.
 func passes[N uint32 | uint64](counters []N) (by map[string]uint64, sum uint64) {

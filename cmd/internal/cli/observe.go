@@ -71,7 +71,7 @@ func statusText(r plugin.Report) string {
 			size(passed.Bytes), plural(passed.Messages, "message"), percent(t.Bypassed))
 		by := map[string]uint64{}
 		for label, n := range t.Messages {
-			if label != labelRedirected {
+			if label != datapath.LabelRedirected {
 				by[label] = n.Messages
 			}
 		}
@@ -98,8 +98,6 @@ func statusText(r plugin.Report) string {
 	w.Flush() // to memory
 	return trimLines(b.String())
 }
-
-const labelRedirected = "redirected"
 
 // printable keeps what others have named from moving the cursor or breaking lines.
 func printable(s string) string {
