@@ -11,6 +11,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"flag"
@@ -124,11 +125,11 @@ func (l *lab) prepare(ctx context.Context, plans []plan) (err error) {
 // build builds all programs and test binaries, static.
 func (l *lab) build(ctx context.Context, plans []plan) error {
 	bin := filepath.Join(l.cache, "bin")
-	if err := l.goTool(ctx, "build", "-o", filepath.Join(bin, "guest"), "./test/vm/guest"); err != nil {
+	if err := l.goTool(ctx, "", "build", "-o", filepath.Join(bin, "guest"), "./test/vm/guest"); err != nil {
 		return err
 	}
 	for _, p := range programs {
-		if err := l.goTool(ctx, "build", "-o", filepath.Join(bin, p.name), p.pkg); err != nil {
+		if err := l.goTool(ctx, p.arch, "build", "-o", filepath.Join(bin, p.name), p.pkg); err != nil {
 			return err
 		}
 	}
@@ -139,7 +140,7 @@ func (l *lab) build(ctx context.Context, plans []plan) error {
 				continue
 			}
 			done[s.pkg] = true
-			if err := l.goTool(ctx, "test", "-c", "-o", filepath.Join(bin, binary(s.pkg)), "./"+s.pkg); err != nil {
+			if err := l.goTool(ctx, "", "test", "-c", "-o", filepath.Join(bin, binary(s.pkg)), "./"+s.pkg); err != nil {
 				return err
 			}
 		}
@@ -147,9 +148,9 @@ func (l *lab) build(ctx context.Context, plans []plan) error {
 	return nil
 }
 
-func (l *lab) goTool(ctx context.Context, args ...string) error {
+func (l *lab) goTool(ctx context.Context, arch string, args ...string) error {
 	cmd := exec.CommandContext(ctx, "go", args...)
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH=amd64")
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH="+cmp.Or(arch, "amd64"))
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return fmt.Errorf("go %s: %w\n%s", strings.Join(args, " "), err, out)
 	}

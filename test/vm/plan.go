@@ -38,13 +38,15 @@ type suite struct {
 	skips map[string]string
 }
 
-// programs are what tests run on a node: CNI plugins.
-var programs = []struct{ name, pkg string }{
-	{"skipstack", "./cmd/skipstack"},
-	{"bridge", "github.com/containernetworking/plugins/plugins/main/bridge"},
-	{"ptp", "github.com/containernetworking/plugins/plugins/main/ptp"},
-	{"host-local", "github.com/containernetworking/plugins/plugins/ipam/host-local"},
-	{"portmap", "github.com/containernetworking/plugins/plugins/meta/portmap"},
+// programs are what tests run on a node: CNI plugins, and a program of another
+// architecture than amd64.
+var programs = []struct{ name, pkg, arch string }{
+	{name: "skipstack", pkg: "./cmd/skipstack"},
+	{name: "bridge", pkg: "github.com/containernetworking/plugins/plugins/main/bridge"},
+	{name: "ptp", pkg: "github.com/containernetworking/plugins/plugins/main/ptp"},
+	{name: "host-local", pkg: "github.com/containernetworking/plugins/plugins/ipam/host-local"},
+	{name: "portmap", pkg: "github.com/containernetworking/plugins/plugins/meta/portmap"},
+	{name: "compat", pkg: "./test/vm/compat", arch: "386"},
 }
 
 // programDir is where the virtual machine has them.
