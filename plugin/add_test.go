@@ -301,6 +301,58 @@ func TestAddNodeGate(t *testing.T) {
 	})
 }
 
+// The guard that the verdict has found goes with the gate, unless the configuration
+// does not want one; then the risk is there, on a node that is open already too.
+func TestAddSpliceGuard(t *testing.T) {
+	found := datapath.NodeSettings{Open: true, Guard: datapath.GuardLSM}
+	without := datapath.NodeSettings{Open: true, Risks: datapath.RiskSplice}
+	const off = `"spliceGuard":"off"`
+	b := newBench(t)
+	b.verdicts.cached = &Verdict{Supported: true, Node: found}
+	b.mustAdd(request{})
+	if b.datapath.node != found {
+		t.Errorf("gate %+v", b.datapath.node)
+	}
+	b.wantLines(0)
+	b.mustAdd(request{container: "c2", cgroup: "pod-b", conf: off})
+	if b.datapath.node != without {
+		t.Errorf("gate %+v with a guard that is not wanted", b.datapath.node)
+	}
+	b.wantLines(1, "risks that are not accepted: splice")
+	b.mustAdd(request{container: "c3", cgroup: "pod-b"})
+	if b.datapath.node != without {
+		t.Errorf("gate %+v: one ADD undoes what another's configuration wants", b.datapath.node)
+	}
+	b.logs.take()
+	if got, err := b.node().Load(t.Context(), b.config()); err != nil || got.Node != found || got.Plain != "" {
+		t.Errorf("load: %+v, %v", got, err)
+	}
+	conf := b.config()
+	conf.SpliceGuard = SpliceGuardOff
+	if got, err := b.node().Load(t.Context(), conf); err != nil || got.Node != without || !strings.Contains(got.Plain, "splice") {
+		t.Errorf("load without a guard: %+v, %v", got, err)
+	}
+
+	b = newBench(t)
+	b.verdicts.cached = &Verdict{Supported: true, Node: found}
+	b.mustAdd(request{conf: off + `,"acceptRisks":["splice"]`})
+	if b.datapath.node != without {
+		t.Errorf("gate %+v", b.datapath.node)
+	}
+	b.wantLines(0)
+}
+
+// A guard that cannot be attached costs no more than the risk.
+func TestAddWithoutItsGuard(t *testing.T) {
+	for _, op := range []string{"SetNode", "Attach"} {
+		b := newBench(t)
+		b.datapath.fail[op] = fmt.Errorf("%w: too many programs", datapath.ErrGuard)
+		b.mustAdd(request{conf: `"onError":"fail"`})
+		b.wantRecord(request{}, attachment.Attached, "")
+		b.wantLines(1, "splice(2) is not guarded", "too many programs")
+	}
+}
+
 // A pod that is attached and yet plain is worth a line, if the gate is open.
 func TestAddSaysWhyPlain(t *testing.T) {
 	risky := datapath.NodeSettings{Open: true, Risks: datapath.RiskSplice | datapath.RiskEpoll}

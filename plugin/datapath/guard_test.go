@@ -1,0 +1,395 @@
+package datapath
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
+
+	"github.com/skipstack/skipstack/bpf"
+)
+
+func init() { scenarios["splicer"] = splicer }
+
+// splicer has a connection whose server has bytes to read, tries to splice them at
+// each line of its input, and prints what came of it. It ends with its input.
+func splicer() error {
+	var lc net.ListenConfig
+	lc.SetMultipathTCP(false)
+	l, err := lc.Listen(context.Background(), "tcp4", "127.0.0.1:0")
+	if err != nil {
+		return err
+	}
+	defer l.Close()
+	client, err := net.Dial("tcp4", l.Addr().String())
+	if err != nil {
+		return err
+	}
+	defer client.Close()
+	server, err := l.Accept()
+	if err != nil {
+		return err
+	}
+	defer server.Close()
+	if _, err := client.Write(make([]byte, 10)); err != nil {
+		return err
+	}
+	var pipe [2]int
+	if err := unix.Pipe(pipe[:]); err != nil {
+		return err
+	}
+	raw, err := server.(*net.TCPConn).SyscallConn()
+	if err != nil {
+		return err
+	}
+	fmt.Println("ready")
+	for in := bufio.NewScanner(os.Stdin); in.Scan(); {
+		err = raw.Control(func(fd uintptr) {
+			_, err := unix.Splice(int(fd), nil, pipe[1], nil, 10, unix.SPLICE_F_NONBLOCK)
+			fmt.Println(err)
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// spliced is a process of that scenario.
+type spliced struct {
+	t   *testing.T
+	in  io.WriteCloser
+	out *bufio.Scanner
+	end func() error
+}
+
+func startSplicer(t *testing.T, cgroup *os.File) *spliced {
+	t.Helper()
+	cmd := start(t, "splicer", cgroup)
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd.Stderr = os.Stderr
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { cmd.Process.Kill(); cmd.Wait() })
+	p := &spliced{t, in, bufio.NewScanner(out), cmd.Wait}
+	if got := p.line(); got != "ready" {
+		t.Fatalf("the process said %q", got)
+	}
+	return p
+}
+
+func (p *spliced) line() string {
+	p.t.Helper()
+	if !p.out.Scan() {
+		p.t.Fatal("the process said nothing")
+	}
+	return p.out.Text()
+}
+
+// splice lets it splice and returns the error.
+func (p *spliced) splice() string {
+	p.t.Helper()
+	fmt.Fprintln(p.in)
+	return p.line()
+}
+
+func (p *spliced) want(when string, err error) {
+	p.t.Helper()
+	if got := p.splice(); got != err.Error() {
+		p.t.Errorf("%s: splice: %s, want %v", when, got, err)
+	}
+}
+
+func (p *spliced) stop() {
+	p.t.Helper()
+	p.in.Close()
+	if err := p.end(); err != nil {
+		p.t.Error(err)
+	}
+}
+
+// guardSite is a published set with the guard wanted and one pod's cgroup.
+type guardSite struct {
+	*Set
+	t      *testing.T
+	bpffs  string
+	cgroup *os.File
+	id     uint64
+	form   Guard
+}
+
+// eachGuard runs a test with each form that the kernel permits.
+func eachGuard(t *testing.T, f func(s *guardSite)) {
+	for _, form := range Guards() {
+		t.Run(string(form), func(t *testing.T) {
+			s := &guardSite{t: t, bpffs: newBPFFS(t), form: form}
+			s.load()
+			err := s.SetNode(s.node())
+			if errors.Is(err, ErrGuard) && errors.Is(err, unix.EPERM) {
+				if n, err := s.Node(); err != nil || n.Guard != NoGuard || n.Risks != RiskSplice || !n.Open {
+					t.Errorf("without a guard: %+v, %v", n, err)
+				}
+				t.Skipf("needs a kernel that permits it: %v", err)
+			}
+			s.check(err)
+			s.cgroup, s.id = newCgroup(t, "guard-"+string(form))
+			f(s)
+		})
+	}
+}
+
+func (s *guardSite) load() {
+	s.t.Helper()
+	set, err := Load(s.t.Context(), s.bpffs, LoadOptions{MaxConnections: 500, ClaimWindow: time.Minute})
+	s.check(err)
+	s.t.Cleanup(func() { set.Close() })
+	s.Set = set
+}
+
+func (s *guardSite) node() NodeSettings {
+	return NodeSettings{Open: true, MPTCPListeners: true, Guard: s.form}
+}
+
+func (s *guardSite) check(err error) {
+	s.t.Helper()
+	if err != nil {
+		s.t.Fatal(err)
+	}
+}
+
+func (s *guardSite) attachPod() {
+	s.t.Helper()
+	_, err := s.Attach(s.cgroup, s.id)
+	s.check(err)
+	s.check(s.SetPod(s.id, allPods))
+}
+
+// wantGuard checks whether the guard is attached, and that the gate knows: a pod
+// that accepts no risk is accelerated only while it is.
+func (s *guardSite) wantGuard(when string, attached bool) {
+	s.t.Helper()
+	running, err := s.guardPins().attached()
+	s.check(err)
+	ctl, err := s.control()
+	s.check(err)
+	if risk := ctl.Risks&uint32(RiskSplice) != 0; (running != 0) != attached || risk == attached {
+		s.t.Errorf("%s: attached %v, the gate knows of the risk: %v; want %v, %v", when, running != 0, risk, attached, !attached)
+	}
+}
+
+// eventually waits until the condition holds.
+func (s *guardSite) eventually(what string, holds func() bool) {
+	s.t.Helper()
+	for end := time.Now().Add(20 * time.Second); !holds(); time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(end) {
+			s.t.Fatalf("waited in vain until %s: %v", what, tree(s.t, s.bpffs))
+		}
+	}
+}
+
+// swept sweeps until the condition holds: a socket is out of the sockhash a moment
+// after its process has ended.
+func (s *guardSite) swept(what string, holds func() bool) {
+	s.t.Helper()
+	s.eventually(what, func() bool {
+		s.check(Sweep(s.bpffs, 0))
+		return holds()
+	})
+}
+
+func (s *guardSite) linkPinned() bool {
+	_, err := os.Stat(s.guardPins().path("link"))
+	return err == nil
+}
+
+// The guard comes with the first pod and goes when the last pod and the last socket
+// have gone, whichever is later.
+func TestGuardComesAndGoes(t *testing.T) {
+	eachGuard(t, func(s *guardSite) {
+		if n, err := s.Node(); err != nil || n != s.node() {
+			s.t.Errorf("before the first pod: %+v, %v", n, err)
+		}
+		s.wantGuard("before the first pod", false)
+		s.attachPod()
+		s.wantGuard("with a pod", true)
+		p := startSplicer(s.t, s.cgroup)
+		p.want("with a pod", unix.EINVAL)
+		s.check(DropPod(s.bpffs, s.id))
+		s.check(Sweep(s.bpffs, 0))
+		s.wantGuard("the pod is gone, its socket lives", true)
+		p.want("the pod is gone", unix.EINVAL)
+		p.stop()
+		s.swept("the guard is gone", func() bool { return !s.linkPinned() })
+		s.wantGuard("all is gone", false)
+		if n, err := s.Node(); err != nil || n != s.node() {
+			s.t.Errorf("all is gone: %+v, %v", n, err)
+		}
+
+		s.attachPod()
+		s.wantGuard("the next pod", true)
+		s.check(DropPod(s.bpffs, s.id))
+		s.wantGuard("the next pod is gone, which had no socket", false)
+	})
+}
+
+// Somebody removes the guard's pin: it is attached again, and what happens
+// meanwhile is known.
+func TestGuardIsRepaired(t *testing.T) {
+	eachGuard(t, func(s *guardSite) {
+		s.attachPod()
+		p := startSplicer(s.t, s.cgroup)
+		s.check(os.Remove(s.guardPins().path("link")))
+		if n, err := s.Node(); err != nil || n.Risks != RiskSplice {
+			s.t.Errorf("without its link: %+v, %v", n, err)
+		}
+		// The kernel lets go of what is unpinned a little later.
+		s.eventually("splice is not refused", func() bool { return p.splice() == unix.EAGAIN.Error() })
+		s.check(Sweep(s.bpffs, 0))
+		s.wantGuard("swept", true)
+		p.want("swept", unix.EINVAL)
+
+		s.check(os.Remove(s.guardPins().path("link")))
+		s.attachPod()
+		s.wantGuard("attached again", true)
+		p.want("attached again", unix.EINVAL)
+		p.stop()
+	})
+}
+
+// A guard that is no longer wanted stays for the sockets there are, and pods that
+// do not accept the risk enrol no more.
+func TestGuardIsNoLongerWanted(t *testing.T) {
+	eachGuard(t, func(s *guardSite) {
+		s.attachPod()
+		p := startSplicer(s.t, s.cgroup)
+		off := NodeSettings{Open: true, MPTCPListeners: true, Risks: RiskSplice}
+		s.check(s.SetNode(off))
+		if n, err := s.Node(); err != nil || n != off {
+			s.t.Errorf("%+v, %v, want %+v", n, err, off)
+		}
+		p.want("no longer wanted", unix.EINVAL)
+		if n, err := s.Enrolled(); err != nil || n != 2 {
+			s.t.Errorf("%d sockets are enrolled, %v", n, err)
+		}
+		other := startSplicer(s.t, s.cgroup)
+		if n, err := s.Enrolled(); err != nil || n != 2 {
+			s.t.Errorf("%d sockets are enrolled after one more connection, %v", n, err)
+		}
+		other.stop()
+		s.check(s.SetNode(s.node()))
+		s.wantGuard("wanted again", true)
+		s.check(s.SetNode(off))
+		p.stop()
+		s.swept("the guard is gone", func() bool { return !s.linkPinned() })
+		s.attachPod()
+		if s.linkPinned() {
+			s.t.Error("a guard that nobody wants is attached")
+		}
+		s.check(DropPod(s.bpffs, s.id))
+	})
+}
+
+// Another build's guard takes the place of the one that runs.
+func TestGuardIsUpgraded(t *testing.T) {
+	eachGuard(t, func(s *guardSite) {
+		s.attachPod()
+		p := startSplicer(s.t, s.cgroup)
+		old, err := s.guardPins().attached()
+		s.check(err)
+		ctl, err := s.control()
+		s.check(err)
+		ctl.Build = [16]byte{1}
+		s.check(s.maps[bpf.DatapathMapSkipstackCtl].Put(uint32(0), ctl))
+		fresh, changed, err := Upgrade(s.t.Context(), s.bpffs, LoadOptions{ClaimWindow: time.Minute})
+		s.check(err)
+		defer fresh.Close()
+		now, err := s.guardPins().attached()
+		if err != nil || !changed || now == 0 || now == old {
+			s.t.Errorf("program %d replaced by %d, %v", old, now, err)
+		}
+		s.eventually("the old guard is gone", func() bool {
+			prog, err := ebpf.NewProgramFromID(old)
+			prog.Close()
+			return errors.Is(err, os.ErrNotExist)
+		})
+		s.wantGuard("upgraded", true)
+		p.want("upgraded", unix.EINVAL)
+		want := []string{string(s.form), "link"}
+		slices.Sort(want)
+		entries, err := os.ReadDir(s.guardPins().path(""))
+		s.check(err)
+		var got []string
+		for _, e := range entries {
+			got = append(got, e.Name())
+		}
+		slices.Sort(got)
+		if !slices.Equal(got, want) {
+			s.t.Errorf("pins %q, want %q", got, want)
+		}
+		p.stop()
+	})
+}
+
+// A set that is damaged is replaced; its sockets keep their guard.
+func TestGuardOutlivesItsSet(t *testing.T) {
+	eachGuard(t, func(s *guardSite) {
+		s.attachPod()
+		p := startSplicer(s.t, s.cgroup)
+		s.check(os.Remove(filepath.Join(s.dir, "maps", bpf.DatapathMapPods)))
+		s.Close()
+		s.load()
+		p.want("damaged and loaded anew", unix.EINVAL)
+		s.check(Sweep(s.bpffs, 0))
+		p.want("swept", unix.EINVAL)
+		left, err := Unload(s.t.Context(), s.bpffs, false)
+		if err != nil || left.Sockets == 0 {
+			s.t.Errorf("unloaded: %+v, %v", left, err)
+		}
+		p.want("unloaded", unix.EINVAL)
+		p.stop()
+		s.swept("the guard is gone", func() bool {
+			return !slices.ContainsFunc(tree(s.t, s.bpffs), func(pin string) bool { return strings.Contains(pin, orphanPrefix) })
+		})
+	})
+}
+
+// Unloading leaves the guard to the sockets that live, and leaves nothing after.
+func TestGuardIsUnloaded(t *testing.T) {
+	eachGuard(t, func(s *guardSite) {
+		s.attachPod()
+		p := startSplicer(s.t, s.cgroup)
+		left, err := Unload(s.t.Context(), s.bpffs, true)
+		if err != nil || left.Sockets != 2 {
+			s.t.Errorf("%+v, %v", left, err)
+		}
+		p.want("unloaded by force", unix.EINVAL)
+		p.stop()
+		s.swept("nothing is pinned", func() bool {
+			left, err := Unload(s.t.Context(), s.bpffs, false)
+			s.check(err)
+			return left.Sockets == 0
+		})
+		if pins := tree(s.t, s.bpffs); len(pins) > 0 {
+			s.t.Errorf("left %v", pins)
+		}
+	})
+}
