@@ -173,6 +173,8 @@ func (f *fakeDatapath) Unload(_ context.Context, _ string, force bool) (datapath
 	return datapath.Remaining{Sockets: 3}, nil
 }
 
+func (f *fakeDatapath) LiveInKernel() (uint64, error) { return 5, nil }
+
 func (f *fakeDatapath) SwitchNode(_ string, off bool) (int, error) {
 	if err := f.call("SwitchNode"); err != nil {
 		return 0, err

@@ -283,6 +283,9 @@ type Switched struct {
 	Sets    int    // sets of programs that were reached, for the node
 	Pods    int    // pods that were switched, for a pod
 	Sockets uint64 // enrolled sockets that stay so until they close
+
+	// Left counts those sockets again. Call it as long as that is of interest.
+	Left func() (uint64, error)
 }
 
 // Switch switches acceleration on or off for the node, at once and for live
@@ -296,8 +299,9 @@ func (n *Node) Switch(conf Config, off bool) (Switched, error) {
 	if sets == 0 {
 		return Switched{}, fmt.Errorf("%w at %s: nothing to switch", datapath.ErrNotLoaded, conf.BPFFS)
 	}
-	sockets, err := n.sockets(conf.BPFFS)
-	return Switched{Sets: sets, Sockets: sockets}, err
+	out := Switched{Sets: sets, Left: func() (uint64, error) { return n.Sockets(conf) }}
+	out.Sockets, err = out.Left()
+	return out, err
 }
 
 // SwitchPod does the same for one pod, which stays switched until it is deleted
@@ -329,9 +333,17 @@ func (n *Node) SwitchPod(ctx context.Context, conf Config, namespace, name strin
 	if len(cgroups) == 0 {
 		return Switched{}, errors.Join(fmt.Errorf("%w: %s/%s%s", ErrNoPod, namespace, name, why), listErr)
 	}
-	var out Switched
 	errs := []error{listErr} // what cannot be read may be the pod's too
 	places := slices.Sorted(maps.Keys(cgroups))
+	out := Switched{Left: func() (sum uint64, err error) {
+		var errs []error
+		for _, bpffs := range places {
+			sockets, err := n.socketsOf(bpffs, cgroups[bpffs])
+			sum += sockets
+			errs = append(errs, err)
+		}
+		return sum, errors.Join(errs...)
+	}}
 	for _, bpffs := range places {
 		pods, sockets, err := n.switchCgroups(bpffs, cgroups[bpffs], off)
 		out.Pods += pods
@@ -364,27 +376,38 @@ func (n *Node) switchCgroups(bpffs string, cgroups map[uint64]bool, off bool) (p
 		}
 		errs = append(errs, err)
 	}
-	counters, err := set.PodCounters()
-	for id := range cgroups {
-		sockets += counters[id].Live
-	}
+	sockets, err = live(set, cgroups)
 	return pods, sockets, errors.Join(append(errs, err)...)
 }
 
-// sockets counts the enrolled sockets of all pods.
-func (n *Node) sockets(bpffs string) (uint64, error) {
+// socketsOf counts the enrolled sockets of some cgroups.
+func (n *Node) socketsOf(bpffs string, cgroups map[uint64]bool) (uint64, error) {
 	set, err := n.Datapath.Open(bpffs)
-	if errors.Is(err, datapath.ErrNotLoaded) {
-		return 0, nil
-	}
 	if err != nil {
 		return 0, err
 	}
 	defer set.Close()
-	pods, err := set.PodCounters()
-	var sum uint64
-	for _, c := range pods {
-		sum += c.Live
+	return live(set, cgroups)
+}
+
+// live counts the enrolled sockets of some cgroups; nil means all.
+func live(set Set, cgroups map[uint64]bool) (sum uint64, err error) {
+	counters, err := set.PodCounters()
+	for id, c := range counters {
+		if cgroups == nil || cgroups[id] {
+			sum += c.Live
+		}
 	}
 	return sum, err
+}
+
+// Sockets counts the enrolled sockets of the set of programs published below the
+// configuration's BPF file system. Where there is none, as after it was unmounted, it
+// counts those of all sets in the kernel.
+func (n *Node) Sockets(conf Config) (uint64, error) {
+	sockets, err := n.socketsOf(conf.BPFFS, nil)
+	if errors.Is(err, datapath.ErrNotLoaded) || errors.Is(err, datapath.ErrNoBPFFS) {
+		return n.Datapath.LiveInKernel()
+	}
+	return sockets, err
 }

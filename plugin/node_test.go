@@ -312,10 +312,20 @@ func TestSwitchNode(t *testing.T) {
 		t.Fatal(err)
 	}
 	got, err := b.node().Switch(b.config(), true)
-	if err != nil || got != (Switched{Sets: 1, Sockets: 6}) || !b.datapath.node.SwitchedOff {
+	if err != nil || got.Sets != 1 || got.Pods != 0 || got.Sockets != 6 || !b.datapath.node.SwitchedOff {
 		t.Errorf("got %+v, error %v, node %+v", got, err, b.datapath.node)
 	}
 	lock.Unlock()
+	b.datapath.counters = map[uint64]datapath.PodCounters{101: {Live: 1}}
+	if n, err := got.Left(); err != nil || n != 1 {
+		t.Errorf("%d are left, error %v", n, err)
+	}
+	// With the pins gone, those of the kernel count.
+	b.datapath.loaded = false
+	if n, err := got.Left(); err != nil || n != 5 {
+		t.Errorf("%d are left, error %v", n, err)
+	}
+	b.datapath.loaded = true
 	b.mustAdd(request{container: "c2"})
 	if !b.datapath.node.SwitchedOff {
 		t.Error("ADD switched the node on")
@@ -332,7 +342,7 @@ func TestSwitchPod(t *testing.T) {
 	b.mustAdd(request{container: "off", cgroup: "-", conf: `"mode":"off"`, cniArgs: "K8S_POD_NAMESPACE=ns;K8S_POD_NAME=off"})
 	b.datapath.counters = map[uint64]datapath.PodCounters{101: {Live: 4}, 102: {Live: 2}}
 	got, err := b.node().SwitchPod(t.Context(), b.config(), "ns", "web", true)
-	if err != nil || got != (Switched{Pods: 1, Sockets: 4}) {
+	if err != nil || got.Sets != 0 || got.Pods != 1 || got.Sockets != 4 {
 		t.Errorf("got %+v, error %v", got, err)
 	}
 	if s := b.pod(101); !s.SwitchedOff || !s.Enabled || b.pod(102).SwitchedOff {

@@ -58,6 +58,7 @@ type Datapath interface {
 	Published(bpffs string) (bool, error)
 	Unload(ctx context.Context, bpffs string, force bool) (datapath.Remaining, error)
 	SwitchNode(bpffs string, off bool) (sets int, err error)
+	LiveInKernel() (sockets uint64, err error)
 }
 
 // Set is what they need of a datapath.Set.

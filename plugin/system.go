@@ -151,6 +151,8 @@ func (kernel) Unload(ctx context.Context, bpffs string, force bool) (datapath.Re
 	return datapath.Unload(ctx, bpffs, force)
 }
 
+func (kernel) LiveInKernel() (uint64, error) { return datapath.LiveInKernel() }
+
 func (kernel) SwitchNode(bpffs string, off bool) (int, error) {
 	return datapath.SwitchNode(bpffs, off)
 }

@@ -1,6 +1,7 @@
 package datapath
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -210,6 +211,57 @@ func SwitchNode(bpffs string, off bool) (int, error) {
 		return switchAll(kernelSwitches(ebpf.MapGetNextID, openSwitch), off)
 	}
 	return switchAll(pinnedSwitches(root(bpffs)), off)
+}
+
+// podsCountName is the kernel's name of the pods' counters. In every layout the key
+// is a cgroup id, and the value begins with the number of live sockets.
+const podsCountName = "pods_count"
+
+// LiveInKernel is how many enrolled sockets all sets of programs in the kernel have:
+// also those whose pins are gone, or are in another mount namespace. An error says
+// what could not be counted.
+func LiveInKernel() (uint64, error) {
+	var sum uint64
+	var errs []error
+	for id, err := ebpf.MapGetNextID(0); ; id, err = ebpf.MapGetNextID(id) {
+		if errors.Is(err, fs.ErrNotExist) {
+			return sum, errors.Join(errs...)
+		}
+		if err != nil {
+			return sum, errors.Join(append(errs, fmt.Errorf("list BPF maps: %w", err))...)
+		}
+		n, err := liveInMap(id)
+		sum += n
+		if err != nil && !errors.Is(err, fs.ErrNotExist) { // gone meanwhile
+			errs = append(errs, err)
+		}
+	}
+}
+
+// liveInMap is 0 for a map of anybody else's.
+func liveInMap(id ebpf.MapID) (uint64, error) {
+	m, err := ebpf.NewMapFromID(id)
+	if err != nil {
+		return 0, fmt.Errorf("open BPF map %d: %w", id, err)
+	}
+	defer m.Close()
+	if m.Type() != ebpf.Hash || m.KeySize() != 8 || m.ValueSize() < 8 {
+		return 0, nil
+	}
+	if info, err := m.Info(); err != nil || info.Name != podsCountName {
+		return 0, err
+	}
+	var key uint64
+	var sum uint64
+	value := make([]byte, m.ValueSize())
+	it := m.Iterate()
+	for it.Next(&key, &value) {
+		sum += binary.NativeEndian.Uint64(value)
+	}
+	if err := it.Err(); err != nil {
+		return sum, fmt.Errorf("read BPF map %d: %w", id, err)
+	}
+	return sum, nil
 }
 
 // switchMap is what switching needs of an [ebpf.Map].

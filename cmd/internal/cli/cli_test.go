@@ -72,6 +72,8 @@ func (f *fake) Unload(_ context.Context, _ string, force bool) (datapath.Remaini
 	f.force, f.loaded = force, false
 	return left, nil
 }
+func (f *fake) LiveInKernel() (uint64, error) { return f.sockets, nil }
+
 func (f *fake) SwitchNode(_ string, off bool) (int, error) {
 	if !f.loaded {
 		return 0, nil
