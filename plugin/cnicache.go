@@ -90,7 +90,7 @@ func decodeCached(raw []byte) (c cachedAttachment, netns string, ok bool) {
 			c.pod.uid = pair[1]
 		}
 	}
-	_, err := findEntry(entry.Config)
+	_, err := FindEntry(entry.Config)
 	c.chained = err == nil || errors.Is(err, ErrConfig)
 	// containerd attaches a loopback network of its own to each pod.
 	return c, entry.NetNS, entry.IfName != "lo"

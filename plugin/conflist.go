@@ -17,14 +17,17 @@ var ErrNoEntry = errors.New("no plugin of type \"" + Type + "\"")
 // [ParseConfig], and returns an error wrapping [ErrNoEntry] where skipstack is not
 // in the list, and one wrapping [ErrConfig] where it is twice.
 func ParseConflist(raw []byte) (Config, error) {
-	entry, err := findEntry(raw)
+	entry, err := FindEntry(raw)
 	if err != nil {
 		return DefaultConfig(), err
 	}
 	return ParseConfig(entry)
 }
 
-func findEntry(raw []byte) (json.RawMessage, error) {
+// FindEntry returns skipstack's entry in a list, or raw itself where that is a single
+// plugin's configuration. Errors are those of [ParseConflist], but the entry is not
+// looked into.
+func FindEntry(raw []byte) (json.RawMessage, error) {
 	members, err := splitObject(raw)
 	if err != nil {
 		return nil, err

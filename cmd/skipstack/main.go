@@ -10,6 +10,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -39,7 +40,7 @@ func run(env, args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
 	defer stop()
 	context.AfterFunc(ctx, stop)
-	return cli.Run(ctx, args, cli.Streams{In: stdin, Out: stdout, Err: stderr}, deps,
+	return cli.Run(ctx, args, cli.Streams{In: stdin, Out: stdout, Err: stderr, Colour: colour(env, stdout)}, deps,
 		bench.NewCommand(bench.Config{Env: env, In: stdin, Out: stdout, ErrOut: stderr}))
 }
 
@@ -52,4 +53,15 @@ func isSet(env []string, name string) bool {
 		}
 	}
 	return false
+}
+
+// colour says whether what goes to out may be coloured: it is a terminal that can,
+// and NO_COLOR is not set (no-color.org).
+func colour(env []string, out io.Writer) bool {
+	f, ok := out.(*os.File)
+	if !ok || isSet(env, "NO_COLOR") || slices.Contains(env, "TERM=dumb") || !isSet(env, "TERM") {
+		return false
+	}
+	_, err := unix.IoctlGetTermios(int(f.Fd()), unix.TCGETS)
+	return err == nil
 }

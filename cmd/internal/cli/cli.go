@@ -16,6 +16,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
+	"github.com/skipstack/skipstack/cmd/internal/conflist"
 	"github.com/skipstack/skipstack/plugin"
 	"github.com/skipstack/skipstack/plugin/attachment"
 	"github.com/skipstack/skipstack/plugin/datapath"
@@ -37,12 +38,16 @@ Container runtimes run it with CNI_COMMAND set and no arguments; with
 arguments it is the command line that you are reading about.
 
 Exit codes: 0 done; 1 failed; 2 wrong usage or configuration, nothing was
-changed; 3 refused, as pods are attached or the kernel is not supported.`
+changed; 3 refused, as pods are attached, the kernel is not supported, or a network
+configuration has to be left alone. doctor and bench have more: see their help.
+
+Colour is used on a terminal only, and not if NO_COLOR is set.`
 
 // Streams are the standard streams of a command.
 type Streams struct {
 	In       io.Reader
 	Out, Err io.Writer
+	Colour   bool // Out may be coloured
 }
 
 // Run runs the command line args, without the program's name, and returns the
@@ -58,13 +63,15 @@ func Run(ctx context.Context, args []string, s Streams, deps plugin.Deps, extra 
 		Args:          cobra.NoArgs,
 		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	root.CompletionOptions.HiddenDefaultCmd = true
 	root.SetArgs(args)
 	root.SetIn(s.In)
 	root.SetOut(s.Out)
 	root.SetErr(s.Err)
-	root.AddCommand(c.load(), c.unload(), c.on(), c.off(), c.status(), c.connections(), c.doctor(), c.version(), c.probe())
+	root.AddCommand(c.load(), c.unload(), c.on(), c.off(), c.status(), c.connections(), c.install(), c.uninstall(), c.doctor(), c.version(), c.man(), c.probe())
 	root.AddCommand(extra...)
+	for _, cmd := range root.Commands() {
+		c.complete(cmd)
+	}
 
 	cmd, err := root.ExecuteContextC(ctx)
 	if err == nil {
@@ -95,7 +102,7 @@ func exitCode(err error) int {
 		return own.ExitCode()
 	case errors.Is(err, errUsage), !errors.As(err, &f):
 		return exitUsage
-	case errors.Is(err, datapath.ErrInUse), errors.Is(err, datapath.ErrUnsupported):
+	case errors.Is(err, datapath.ErrInUse), errors.Is(err, datapath.ErrUnsupported), errors.Is(err, conflist.ErrRefused):
 		return exitRefused
 	default:
 		return exitFailed
@@ -110,8 +117,10 @@ func explain(err error) error {
 	switch {
 	case errors.Is(err, fs.ErrPermission) && os.Geteuid() != 0:
 		return fmt.Errorf("%w: run skipstack as root", err)
-	case errors.Is(err, attachment.ErrBusy), errors.Is(err, datapath.ErrBusy):
+	case errors.Is(err, attachment.ErrBusy), errors.Is(err, datapath.ErrBusy), errors.Is(err, conflist.ErrBusy):
 		return fmt.Errorf("%w: try again; if that process is stuck, end it", err)
+	case errors.Is(err, conflist.ErrEdited):
+		return fmt.Errorf("%w: edit it there, or use --replace", err)
 	case errors.Is(err, datapath.ErrInUse):
 		return fmt.Errorf("%w: delete them, or unload with --force, which makes them plain until they are restarted", err)
 	case errors.Is(err, datapath.ErrNotLoaded):

@@ -42,6 +42,7 @@ type fake struct {
 	probed  int
 	noBPFFS bool
 	sockets uint64 // that Unload leaves
+	closing int    // after so many readings all connections have closed, unless 0
 	verdict plugin.Verdict
 }
 
@@ -95,6 +96,10 @@ func (f *fake) Pod(id uint64) (datapath.PodSettings, bool, error) {
 }
 func (f *fake) SetPod(id uint64, p datapath.PodSettings) error { f.pods[id] = p; return nil }
 func (f *fake) PodCounters() (map[uint64]datapath.PodCounters, error) {
+	if f.closing == 1 {
+		return nil, nil
+	}
+	f.closing = max(0, f.closing-1)
 	return map[uint64]datapath.PodCounters{7: {Live: 1}, 8: {Live: 3}}, nil
 }
 func (f *fake) BPFFSIdentity(string) (uint64, uint64, error) { return 1, 1, nil }

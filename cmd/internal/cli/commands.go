@@ -4,8 +4,10 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"runtime"
 	"runtime/debug"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
@@ -130,6 +132,7 @@ func (c *cli) off() *cobra.Command {
 	return c.switchCommand("off", "Switch acceleration off, for the node or one pod", true,
 		`Takes effect at once, for live connections too: they go on by TCP and lose nothing.
 Their sockets cost a little until they close; off says how many there are.
+--wait waits for that, and exits with 1 if some are left at the deadline.
 It lasts until on, for a pod also until it is deleted, and until the datapath is
 unloaded. To keep pods from being accelerated for good, set "mode" to "off" in the
 conflist.
@@ -140,9 +143,18 @@ and those whose pins are gone. on reaches those published below --bpffs only.`)
 }
 
 func (c *cli) switchCommand(use, short string, off bool, long string) *cobra.Command {
-	var pod string
+	var (
+		pod     string
+		wait    bool
+		timeout time.Duration
+	)
 	cmd := c.command(use, short, long, true,
 		func(cmd *cobra.Command, conf plugin.Config, asJSON bool) error {
+			if off {
+				if err := needs(cmd, "timeout", "wait"); err != nil {
+					return err
+				}
+			}
 			node := plugin.NewNode(c.deps)
 			var got plugin.Switched
 			var err error
@@ -160,20 +172,38 @@ func (c *cli) switchCommand(use, short string, off bool, long string) *cobra.Com
 			if err != nil {
 				return err
 			}
+			// What was done is said before the waiting begins, but JSON is one value.
+			if !asJSON {
+				if err := c.printf("Acceleration is switched %s for %s.\n", use, what); err != nil {
+					return err
+				}
+			}
+			var waitErr error
+			if wait {
+				if waitErr = c.wait(cmd.Context(), got, timeout); waitErr == nil {
+					got.Sockets = 0
+				} else if sockets, err := got.Left(); err == nil {
+					got.Sockets = sockets
+				}
+			}
 			if asJSON {
-				return c.printJSON(struct {
+				return errors.Join(c.printJSON(struct {
 					SwitchedOff bool   `json:"switchedOff"`
 					Sockets     uint64 `json:"sockets"`
-				}{off, got.Sockets})
+				}{off, got.Sockets}), waitErr)
 			}
-			if err := c.printf("Acceleration is switched %s for %s.\n", use, what); err != nil {
-				return err
-			}
-			if !off {
-				return nil
+			switch {
+			case !off || waitErr != nil:
+				return waitErr
+			case wait:
+				return c.printf("No enrolled sockets are left.\n")
 			}
 			return c.printf("Enrolled sockets left: %d. They go on by TCP until they close.\n", got.Sockets)
 		})
+	if off {
+		cmd.Flags().BoolVar(&wait, "wait", false, "wait until the last accelerated connection has closed")
+		cmd.Flags().DurationVar(&timeout, "timeout", 10*time.Minute, "with --wait, how long; 0 is no limit")
+	}
 	cmd.Flags().StringVar(&pod, "pod", "", "only this pod, `NAMESPACE/NAME`")
 	return cmd
 }
@@ -182,22 +212,31 @@ func (c *cli) switchCommand(use, short string, off bool, long string) *cobra.Com
 type binary struct {
 	Version  string   `json:"version"`
 	Revision string   `json:"revision,omitempty"`
+	Time     string   `json:"time,omitempty"` // of the revision
 	Modified bool     `json:"modified,omitempty"`
 	Go       string   `json:"go"`
+	Platform string   `json:"platform"`
 	CNI      []string `json:"cniVersions"`
 }
 
 func buildInfo() binary {
-	v := binary{Version: "unknown", CNI: plugin.SupportedVersions().SupportedVersions()}
-	if info, ok := debug.ReadBuildInfo(); ok {
-		v.Version, v.Go = info.Main.Version, info.GoVersion
-		for _, s := range info.Settings {
-			switch s.Key {
-			case "vcs.revision":
-				v.Revision = s.Value
-			case "vcs.modified":
-				v.Modified = s.Value == "true"
-			}
+	v := binary{
+		Version: "unknown", Go: runtime.Version(), Platform: runtime.GOOS + "/" + runtime.GOARCH,
+		CNI: plugin.SupportedVersions().SupportedVersions(),
+	}
+	info, ok := debug.ReadBuildInfo()
+	if !ok {
+		return v
+	}
+	v.Version = info.Main.Version
+	for _, s := range info.Settings {
+		switch s.Key {
+		case "vcs.revision":
+			v.Revision = s.Value
+		case "vcs.time":
+			v.Time = s.Value
+		case "vcs.modified":
+			v.Modified = s.Value == "true"
 		}
 	}
 	return v
@@ -220,8 +259,11 @@ func (c *cli) version() *cobra.Command {
 				if v.Modified {
 					revision += " (modified)"
 				}
+				if v.Time != "" {
+					revision += " of " + v.Time
+				}
 			}
-			return c.printf("skipstack %s%s, %s\nCNI specification %s\n", v.Version, revision, v.Go, strings.Join(v.CNI, ", "))
+			return c.printf("skipstack %s%s, %s %s\nCNI specification %s\n", v.Version, revision, v.Go, v.Platform, strings.Join(v.CNI, ", "))
 		},
 	}
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print JSON")

@@ -1,15 +1,17 @@
 package cli
 
 import (
+	"cmp"
 	"fmt"
 
 	"github.com/spf13/cobra"
 
+	"github.com/skipstack/skipstack/cmd/internal/conflist"
 	"github.com/skipstack/skipstack/cmd/internal/doctor"
 )
 
-// Defaults of where the container runtime has its network configurations and
-// plugins.
+// Where the container runtime has its network configurations and plugins, if that
+// could not be found by looking.
 const (
 	defaultConfDir = "/etc/cni/net.d"
 	defaultBinDir  = "/opt/cni/bin"
@@ -48,10 +50,14 @@ Exit codes, by verdict: 0 safe; 4 risky; 3 unsupported; 1 it could not be found 
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			given := cmd.Flags().Changed
 			for _, f := range []struct{ name, value string }{{"cni-conf-dir", confDir}, {"cni-bin-dir", binDir}} {
-				if f.value == "" {
+				if given(f.name) && f.value == "" {
 					return &failed{emptyFlag(f.name)}
 				}
 			}
+			// Without a network yet, there is nothing to be found.
+			found, _ := conflist.Options{ConfDir: confDir, BinDir: binDir}.Find()
+			confDir = cmp.Or(confDir, found.ConfDir, defaultConfDir)
+			binDir = cmp.Or(binDir, found.BinDir, defaultBinDir)
 			var list doctor.Conflist
 			var err error
 			switch {
@@ -91,8 +97,7 @@ Exit codes, by verdict: 0 safe; 4 risky; 3 unsupported; 1 it could not be found 
 	}
 	flags.register(cmd, true)
 	f := cmd.Flags()
-	f.StringVar(&confDir, "cni-conf-dir", defaultConfDir, "`DIR`ectory of the container runtime's network configurations")
-	f.StringVar(&binDir, "cni-bin-dir", defaultBinDir, "`DIR`ectory of its CNI plugins")
+	cniDirs(f, &confDir, &binDir)
 	f.BoolVar(&noCache, "no-cache", false, "do not keep the verdict for ADD")
 	return cmd
 }

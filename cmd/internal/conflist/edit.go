@@ -505,3 +505,25 @@ func sameJSON(a, b []byte) bool {
 	x, y := decode(a), decode(b)
 	return x != nil && reflect.DeepEqual(x, y)
 }
+
+// Set returns a JSON object with a member added or replaced; the rest stays as it is.
+func Set(text []byte, key string, value any) ([]byte, error) {
+	members, err := object(text)
+	if err != nil {
+		return nil, err
+	}
+	raw, err := json.Marshal(value)
+	if err != nil {
+		return nil, fmt.Errorf("encode %s: %w", key, err)
+	}
+	for _, m := range slices.Backward(members) { // the last is the one that counts
+		if m.key == key {
+			return splice(text, m.value, raw), nil
+		}
+	}
+	if len(members) == 0 {
+		return fmt.Appendf(nil, "{%q: %s}", key, raw), nil
+	}
+	end := members[len(members)-1].value.end
+	return splice(text, span{end, end}, fmt.Appendf(nil, ", %q: %s", key, raw)), nil
+}
