@@ -284,7 +284,7 @@ Exit codes: 0 done; 1 failed, or connections were left at the deadline: run it a
 		})
 	where.register(cmd)
 	f := cmd.Flags()
-	f.StringVar(&where.cacheDir, "cni-cache-dir", "", "`DIRECTORY` where the runtime remembers its pods (default "+conflist.DefaultCacheDir+")")
+	f.StringVar(&where.cacheDir, "cni-cache-dir", plugin.DefaultCNICacheDir, "`DIRECTORY` of the runtime's CNI cache, which tells of pods whose deletion may call the binary")
 	f.BoolVar(&purge, "purge", false, "remove the binary although the runtime may still call it")
 	f.BoolVar(&drain, "drain", false, "switch acceleration off, wait for connections to close, and unload the datapath")
 	f.DurationVar(&timeout, "timeout", 10*time.Minute, "with --drain, how long to wait; 0 is no limit")

@@ -42,7 +42,7 @@ It reads, and changes nothing. Traffic is not slowed down.`, true,
 			}
 			return c.printf("%s", statusText(report))
 		})
-	cmd.Flags().StringVar(&cacheDir, "cni-cache-dir", plugin.DefaultCNICacheDir, "`directory` of the runtime's CNI cache, which tells of pods that are not attached")
+	cmd.Flags().StringVar(&cacheDir, "cni-cache-dir", plugin.DefaultCNICacheDir, "`DIRECTORY` of the runtime's CNI cache, which tells of pods that are not attached")
 	return cmd
 }
 

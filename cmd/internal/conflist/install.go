@@ -21,16 +21,12 @@ import (
 	"github.com/skipstack/skipstack/plugin"
 )
 
-// DefaultCacheDir is where runtimes remember the configuration that each pod was
-// made with (libcni.CacheDir).
-const DefaultCacheDir = "/var/lib/cni"
-
 // Options say what to install, and where.
 type Options struct {
 	Root     string // directory below which the node's are looked for; empty: /
 	ConfDir  string // of network configurations; empty: found
 	BinDir   string // of plugins; empty: found
-	CacheDir string // of the runtime; empty: [DefaultCacheDir] below Root
+	CacheDir string // of the runtime; empty: [plugin.DefaultCNICacheDir] below Root
 	Conflist string // name of the file to edit; empty: the one the runtime uses
 	Binary   string // file to install as the plugin; empty: this program
 	Entry    []byte // JSON; empty: that of package conf
@@ -568,7 +564,7 @@ func (o Options) restore(ctx context.Context, d *dir, origin string) ([]Change, 
 
 // users are the pods that the runtime remembers to have made with skipstack.
 func (o Options) users() ([]string, error) {
-	dir := filepath.Join(cmp.Or(o.CacheDir, filepath.Join("/", o.Root, DefaultCacheDir)), "results")
+	dir := filepath.Join(cmp.Or(o.CacheDir, filepath.Join("/", o.Root, plugin.DefaultCNICacheDir)), "results")
 	entries, err := os.ReadDir(dir)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil

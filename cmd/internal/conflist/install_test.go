@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/skipstack/skipstack/conf"
+	"github.com/skipstack/skipstack/plugin"
 )
 
 // bed is a node's file system, with the default directories.
@@ -490,7 +491,7 @@ func TestPick(t *testing.T) {
 func TestBinaryInUse(t *testing.T) {
 	b := newBed(t, map[string]string{"10.conflist": sample(t, "flannel.conflist")})
 	b.install()
-	cache := filepath.Join(b.opts.Root, DefaultCacheDir, "results")
+	cache := filepath.Join(b.opts.Root, plugin.DefaultCNICacheDir, "results")
 	remember := func(id string, list []byte) {
 		b.write(filepath.Join(cache, "cbr0-"+id+"-eth0"), fmt.Sprintf(`{"kind":"cniCacheV1","containerId":%q,"config":%q,"ifName":"eth0","networkName":"cbr0"}`, id, base64.StdEncoding.EncodeToString(list)))
 	}
