@@ -6,10 +6,12 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
+	"golang.org/x/sys/unix"
 
 	"github.com/skipstack/skipstack/bpf"
 )
@@ -63,7 +65,8 @@ func linked(path string, id uint64) (bool, error) {
 // Attach attaches the sock_ops program to the cgroup and pins the link, unless
 // that was done before; created tells. The pod takes no part before [Set.SetPod].
 // cgroupID is the inode number of the open directory. An error that wraps
-// [ErrGuard] says that the pod is attached, but not guarded.
+// [ErrGuard] says that the pod is attached, but not guarded; one that wraps
+// [ErrDisplaces] that it is not, as other software's program would pay for it.
 func (s *Set) Attach(cgroup *os.File, cgroupID uint64) (created bool, err error) {
 	var guardErr error
 	if s.dir != "" {
@@ -107,6 +110,12 @@ func (s *Set) attach(cgroup *os.File, cgroupID uint64) (created bool, err error)
 			return false, fmt.Errorf("remove a dead link: %w", err)
 		}
 	}
+	var before []ebpf.ProgramID
+	if s.dir != "" {
+		if before, err = effective(cgroup); err != nil {
+			return false, err
+		}
+	}
 	l, err := link.AttachCgroup(link.CgroupOptions{
 		Path:    fmt.Sprintf("/proc/self/fd/%d", cgroup.Fd()), // the directory that was looked at
 		Program: s.progs[bpf.DatapathProgTrack],
@@ -120,6 +129,9 @@ func (s *Set) attach(cgroup *os.File, cgroupID uint64) (created bool, err error)
 		err = fmt.Errorf("the link's cgroup is %d, not %d", info.Cgroup().CgroupId, cgroupID)
 	}
 	if err == nil && s.dir != "" {
+		err = displaced(cgroup, before)
+	}
+	if err == nil && s.dir != "" {
 		err = l.Pin(linkPath(s.dir, "links", cgroupID))
 	}
 	if err != nil {
@@ -131,6 +143,50 @@ func (s *Set) attach(cgroup *os.File, cgroupID uint64) (created bool, err error)
 		return true, nil
 	}
 	return true, l.Close()
+}
+
+// effective are the sock_ops programs that run for sockets of a cgroup.
+func effective(cgroup *os.File) ([]ebpf.ProgramID, error) {
+	r, err := link.QueryPrograms(link.QueryOptions{
+		Target: int(cgroup.Fd()), Attach: ebpf.AttachCGroupSockOps, QueryFlags: unix.BPF_F_QUERY_EFFECTIVE,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("list the sock_ops programs of cgroup %s: %w", cgroup.Name(), err)
+	}
+	ids := make([]ebpf.ProgramID, len(r.Programs))
+	for i, p := range r.Programs {
+		ids[i] = p.ID
+	}
+	return ids, nil
+}
+
+// displaced returns an error wrapping [ErrDisplaces] if one of the programs runs no
+// longer. One that was attached to a cgroup above with BPF_F_ALLOW_OVERRIDE does not
+// run below any other, compute_effective_progs() in kernel/bpf/cgroup.c.
+func displaced(cgroup *os.File, before []ebpf.ProgramID) error {
+	now, err := effective(cgroup)
+	if err != nil {
+		return err
+	}
+	for _, id := range before {
+		if slices.Contains(now, id) {
+			continue
+		}
+		p, err := ebpf.NewProgramFromID(id)
+		if errors.Is(err, os.ErrNotExist) {
+			continue // its owner has taken it away meanwhile
+		}
+		if err != nil {
+			return fmt.Errorf("%w: program %d: %w", ErrDisplaces, id, err)
+		}
+		defer p.Close()
+		name := "?"
+		if info, err := p.Info(); err == nil {
+			name = info.Name
+		}
+		return fmt.Errorf("%w: sock_ops program %d (%q) was attached to a cgroup above with BPF_F_ALLOW_OVERRIDE", ErrDisplaces, id, name)
+	}
+	return nil
 }
 
 // HasLink tells if a live link to the cgroup is pinned.

@@ -50,6 +50,9 @@ var (
 	ErrUnsupported = errors.New("kernel not supported")
 	// ErrNoBPFFS is returned where the directory is not a BPF file system.
 	ErrNoBPFFS = errors.New("not a BPF file system")
+	// ErrDisplaces is returned by [Set.Attach] where a program of other software
+	// would no longer run for the pod.
+	ErrDisplaces = errors.New("another program would no longer run for the pod")
 	// ErrBusy is returned when another process holds the lock for too long.
 	ErrBusy = errors.New("another process is loading or unloading the datapath")
 )

@@ -47,7 +47,7 @@ type Other struct {
 	// Conflict says in one line how it and skipstack get in each other's way,
 	// "" where they do not.
 	Conflict string `json:"conflict,omitempty"`
-	// Blocks tells that nothing can be attached to pods below Cgroup.
+	// Blocks tells that skipstack is not attached to pods below Cgroup.
 	Blocks bool `json:"blocks,omitempty"`
 	// Everywhere tells that every pod is below Cgroup.
 	Everywhere bool `json:"everywhere,omitempty"`
@@ -312,7 +312,8 @@ func (o *others) judge(at *Other) {
 		at.Blocks = true
 		at.Conflict = "it was attached without BPF_F_ALLOW_MULTI, so the kernel refuses skipstack's (EPERM): pods below this cgroup stay plain"
 	case at.Sharing == Override:
-		at.Conflict = "it was attached with BPF_F_ALLOW_OVERRIDE, so it does not run for a pod that skipstack is attached to"
+		at.Blocks = true
+		at.Conflict = "it was attached with BPF_F_ALLOW_OVERRIDE, so it would not run for a pod that skipstack is attached to: pods below this cgroup stay plain"
 	case uses:
 		at.Conflict = "it puts sockets into a sockmap of its own: if that has an sk_msg program, a connection belongs to who comes first"
 	}

@@ -192,9 +192,9 @@ func TestDoctorForetells(t *testing.T) {
 }
 
 // A sock_ops program of other software above the pods: beside it skipstack works,
-// unless it was attached to be alone.
+// unless it was attached to be alone, or would be pushed aside.
 func TestDoctorNeighbours(t *testing.T) {
-	for name, flags := range map[string]uint32{"multi": unix.BPF_F_ALLOW_MULTI, "exclusive": 0} {
+	for name, flags := range map[string]uint32{"multi": unix.BPF_F_ALLOW_MULTI, "override": unix.BPF_F_ALLOW_OVERRIDE, "exclusive": 0} {
 		t.Run(name, func(t *testing.T) {
 			s := newSite(t, options{})
 			prog, err := ebpf.NewProgram(&ebpf.ProgramSpec{
@@ -218,7 +218,7 @@ func TestDoctorNeighbours(t *testing.T) {
 					continue
 				}
 				found = true
-				if o.Type != "sock_ops" || o.Sharing != name || o.Blocks != (flags == 0) || len(o.Processes) != 1 {
+				if o.Type != "sock_ops" || o.Sharing != name || o.Blocks != (name != "multi") || len(o.Processes) != 1 {
 					t.Errorf("%+v", o)
 				}
 			}
@@ -227,11 +227,19 @@ func TestDoctorNeighbours(t *testing.T) {
 			}
 			p := s.light()
 			s.want(0, s.run(p.call().add()))
-			if flags == 0 {
-				if got.code != 1 || !e.Inconclusive || e.Outlook.Pods.Outcome != "plain" || !strings.Contains(e.Outlook.Pods.Why, "neighbour_ops") {
+			if name != "multi" {
+				// Below one that excludes others, the kernel cannot even be probed.
+				if (got.code == 1) != (flags == 0) || e.Inconclusive != (flags == 0) || e.Outlook.Pods.Outcome != "plain" || !strings.Contains(e.Outlook.Pods.Why, "neighbour_ops") {
 					t.Errorf("exit %d, %+v", got.code, e)
 				}
 				s.wantRecord(p.id, "skipped", "attach sock_ops")
+				pod := must(os.Open(p.dir))(t)
+				defer pod.Close()
+				if r, err := link.QueryPrograms(link.QueryOptions{
+					Target: int(pod.Fd()), Attach: ebpf.AttachCGroupSockOps, QueryFlags: unix.BPF_F_QUERY_EFFECTIVE,
+				}); err != nil || len(r.Programs) != 1 {
+					t.Errorf("the other program no longer runs for the pod: %v, %+v", err, r)
+				}
 			} else {
 				if v := theVerdict(t); got.code != v.code() || e.Outlook.Asking.Why != "" {
 					t.Errorf("exit %d, %+v", got.code, e.Outlook)

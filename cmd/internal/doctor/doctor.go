@@ -243,7 +243,7 @@ func (e *examination) foresee(rootErr error) {
 	}
 	for _, other := range e.Others {
 		if other.Blocks && !other.Everywhere {
-			e.Notes = append(e.Notes, fmt.Sprintf("pods below cgroup %s are not: see %s of other software", other.Cgroup, other.Program))
+			e.Notes = append(e.Notes, fmt.Sprintf("pods below cgroup %s are plain: see program %s of other software", printable(other.Cgroup), printable(other.Program)))
 		}
 	}
 	if e.Config.SpliceGuard == plugin.SpliceGuardOff && e.Verdict.Guard != datapath.NoGuard {
@@ -260,9 +260,14 @@ func (e *examination) obstacle(rootErr error) string {
 		return "cgroup: " + text(rootErr)
 	}
 	for _, o := range e.Others {
-		if o.Blocks && o.Everywhere {
-			return fmt.Sprintf("sock_ops program %s of other software at cgroup %s keeps others from being attached below it", o.Program, o.Cgroup)
+		if !o.Blocks || !o.Everywhere {
+			continue
 		}
+		does := "keeps others from being attached below it"
+		if o.Sharing == verdict.Override {
+			does = "would not run for pods that skipstack is attached to"
+		}
+		return fmt.Sprintf("sock_ops program %s of other software at cgroup %s %s", printable(o.Program), printable(o.Cgroup), does)
 	}
 	for _, c := range e.Node {
 		if c.Name == checkBPFFS && c.Result == verdict.NotOK {

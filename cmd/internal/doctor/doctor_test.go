@@ -270,8 +270,12 @@ func TestOutlook(t *testing.T) {
 		"not probed":      {nil, func(b *bench) { b.kernel.err = errors.New("no rights") }, plugin.Unknown, plugin.Unknown, "not probed"},
 		"not probed, off": {nil, func(b *bench) { b.kernel.err, b.Config.Mode = errors.New("no rights"), plugin.ModeOff }, plugin.Plain, plugin.Plain, "mode is off"},
 		"blocked":         {nil, func(b *bench) { b.kernel.others = blocks("/", true) }, plugin.Plain, plugin.Plain, "theirs of other software at cgroup /"},
+		"pushed aside": {nil, func(b *bench) {
+			b.kernel.others = blocks("/", true)
+			b.kernel.others[0].Sharing = verdict.Override
+		}, plugin.Plain, plugin.Plain, "theirs of other software at cgroup / would not run"},
 		"blocked below": {nil, func(b *bench) { b.kernel.others = blocks("/kubepods", false) },
-			plugin.Accelerated, plugin.Accelerated, "pods below cgroup /kubepods are not"},
+			plugin.Accelerated, plugin.Accelerated, "pods below cgroup /kubepods are plain"},
 		"strict": {nil, func(b *bench) { b.kernel.others, b.Config.OnError = blocks("/", true), plugin.OnErrorFail },
 			plugin.Refused, plugin.Refused, "theirs"},
 		"no bpffs": {nil, func(b *bench) { b.Config.BPFFS = "/no/such" }, plugin.Plain, plugin.Plain, "no directory /no/such"},
