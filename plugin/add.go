@@ -129,6 +129,8 @@ func (a *addition) run(ctx context.Context) error {
 		log.Info("pod is not accelerated", "reason", l.reason)
 		return nil
 	}
+	// A pod that fails is made anew.
+	j.pending = isBusy(err) && j.record.CgroupID != 0 && j.conf.OnError == OnErrorPlain
 	fields := []any{"reason", reason(err)}
 	for _, n := range j.notes {
 		fields = append(fields, n.about, n.err.Error())
@@ -140,6 +142,9 @@ func (a *addition) run(ctx context.Context) error {
 		fields = append(fields, "cleanup", undoErr.Error())
 	}
 	log.Warn("pod is not accelerated", fields...)
+	if j.pending {
+		j.startProber(true)
+	}
 	var pan *panicked
 	if errors.As(err, &pan) {
 		log.Debug("stack of the panic", "stack", string(pan.stack))
@@ -155,8 +160,10 @@ type job struct {
 	record attachment.Record
 	podUID string
 	notes  []note
-	probed bool   // a moment ago, in vain
-	plain  string // why the pod is plain although it is attached
+	probed bool // a moment ago, in vain
+	// pending says that the pod could be attached later, see [Node.adopt].
+	pending bool
+	plain   string // why the pod is plain although it is attached
 }
 
 // note is trouble that by itself does not keep the pod from being attached. It is
@@ -254,6 +261,11 @@ func (j *job) open(ctx context.Context) (Set, *Verdict, error) {
 	if loaded {
 		return set, verdict, nil
 	}
+	// Loading may take longer than there is time, and this process end before it.
+	j.pending = conf.OnError == OnErrorPlain
+	if err := j.recordWithoutLock("busy: the datapath is being loaded"); err != nil {
+		return nil, nil, err
+	}
 	if err := p.Datapath.EnsureBPFFS(ctx, conf.BPFFS); err != nil {
 		return nil, nil, err
 	}
@@ -328,38 +340,18 @@ func (j *job) attach(ctx context.Context, set Set, pod *podcgroup.Pod, verdict *
 	if err := j.clear(pod.ID); err != nil {
 		return gate, err
 	}
-	dev, mountNS, err := p.Datapath.BPFFSIdentity(conf.BPFFS)
-	if err != nil {
-		return gate, err
-	}
-	j.record.BPFFSDev, j.record.MountNS = dev, mountNS
-	j.record.Status = attachment.Attaching
-	if err := j.store.Put(j.record); err != nil {
-		return gate, err
-	}
-	p.did("attaching recorded")
-	_, err = set.Attach(pod.Dir, pod.ID)
-	if err = j.unlessGuard(err); err != nil {
+	unguarded, err := p.attach(j.store, conf.BPFFS, &j.record, set, pod, p.did)
+	if err = j.unlessGuard(errors.Join(err, unguarded)); err != nil {
 		return gate, err
 	}
 	if gate, err = set.Node(); err != nil {
 		return gate, err
 	}
-	p.did("link attached")
-	if err := p.settle(j.store, conf.BPFFS, pod.ID, nil, set); err != nil {
-		return gate, err
-	}
-	p.did("settings written")
 	settings, _, err := set.Pod(pod.ID)
 	if err != nil {
 		return gate, err
 	}
 	j.plain = whyPlain(gate, settings)
-	j.record.Status = attachment.Attached
-	if err := j.store.Put(j.record); err != nil {
-		return gate, err
-	}
-	p.did("attached recorded")
 
 	// Links of pods whose DEL never came, or could not do its work in time.
 	if err := p.Datapath.Sweep(conf.BPFFS, sweepAtOnce); err != nil {
@@ -486,6 +478,9 @@ func (j *job) giveUp(ctx context.Context, cause error) error {
 // skipped is the record of an attachment that has no part in any cgroup.
 func (j *job) skipped(why string) attachment.Record {
 	r := j.record
+	if j.pending {
+		r.Pending = &attachment.Pending{CgroupID: r.CgroupID, CgroupPath: r.CgroupPath, Settings: r.Settings}
+	}
 	r.Status, r.Reason = attachment.Skipped, why
 	r.CgroupID, r.CgroupPath, r.BPFFSDev, r.MountNS, r.Settings = 0, "", 0, 0, nil
 	return r

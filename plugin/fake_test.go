@@ -269,7 +269,7 @@ type fakeCgroups struct {
 func (c *fakeCgroups) Root(configured string) (string, error) { return configured, c.rootErr }
 
 func (c *fakeCgroups) Find(_ context.Context, _ string, r podcgroup.Request) (*podcgroup.Pod, error) {
-	for _, name := range []string{r.Path, r.PodUID} {
+	for _, name := range []string{strings.TrimPrefix(r.Path, "/"), r.PodUID} {
 		if id, ok := c.ids[name]; ok && name != "" {
 			dir, err := os.Open(c.dir)
 			return &podcgroup.Pod{Dir: dir, ID: id, Path: "/" + name}, err
@@ -320,13 +320,13 @@ func (p *fakeProber) Start(_ Config, load bool) error {
 // ampleBudget is more than any verb needs on a busy machine.
 const ampleBudget = 10 * time.Second
 
-// safe is the verdict of a kernel without fault.
 // inconclusive is the verdict on a kernel while the machine is too busy to tell.
 func inconclusive() *Verdict {
 	return &Verdict{Document: &verdict.Verdict{Level: verdict.Unsupported,
 		Probes: []verdict.Probe{{Name: verdict.ProbeOrder, Result: verdict.CouldNotTell}}}}
 }
 
+// safe is the verdict of a kernel without fault.
 func safe() *Verdict { return &Verdict{Supported: true, Node: datapath.NodeSettings{Open: true}} }
 
 // bench is one node with fakes for everything but the records, which are real.

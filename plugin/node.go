@@ -99,6 +99,9 @@ func (n *Node) Load(ctx context.Context, conf Config) (Loaded, error) {
 	if err := n.apply(ctx, conf, set, out.Verdict); err != nil {
 		return out, err
 	}
+	if err := n.adopt(ctx, conf, set); err != nil {
+		return out, err
+	}
 	if out.Node, err = set.Node(); err != nil {
 		return out, err
 	}
@@ -121,21 +124,47 @@ func plainOf(conf Config, node datapath.NodeSettings) string {
 	return whyPlain(node, settings)
 }
 
-// Probe is the detached child of an ADD: it finds the verdict out, and opens the
-// node's gate if the datapath is loaded, or if it may load it. held is the probe
-// lock that the child has inherited, or nil; Probe closes it.
-func (n *Node) Probe(ctx context.Context, conf Config, load bool, held *os.File) (Verdict, error) {
+// probeRounds is how often Probe looks for pods to attach at most: some may be
+// impossible to attach.
+const probeRounds = 3
+
+// Probe is the detached child of an ADD: it finds the verdict out, opens the
+// node's gate if the datapath is loaded, or if it may load it, and attaches the
+// pods whose ADD had no time to. held is the probe lock that the child has
+// inherited, or nil; Probe closes it.
+func (n *Node) Probe(ctx context.Context, conf Config, load bool, held *os.File) (v Verdict, err error) {
 	if held == nil {
-		var err error
 		if held, err = n.lockProbe(ctx, conf); err != nil {
 			return Verdict{}, err
 		}
 	}
+	for range probeRounds {
+		v, err = n.probe(ctx, conf, load, held)
+		// An ADD that gave up after the last look for pods started no prober,
+		// because this one held the lock.
+		if err != nil || !v.Supported || !anyPending(conf) {
+			break
+		}
+		again, lockErr := lockProbe(ended(), conf.RunDir)
+		if lockErr != nil {
+			break // another prober looks
+		}
+		held = again
+	}
+	return v, err
+}
+
+func (n *Node) probe(ctx context.Context, conf Config, load bool, held *os.File) (Verdict, error) {
 	// To the end, so that an Unload that waits for the lock comes after all.
 	defer held.Close()
 	v, err := n.verdict(ctx, conf)
 	if err != nil {
 		return v, err
+	}
+	if err := v.Unfit(); err != nil && !v.Inconclusive() {
+		if err := n.dismiss(ctx, conf, err); err != nil {
+			return v, err
+		}
 	}
 	set, err := n.Datapath.Open(conf.BPFFS)
 	if load && v.Supported && (errors.Is(err, datapath.ErrNotLoaded) || errors.Is(err, datapath.ErrDamaged)) {
@@ -153,7 +182,7 @@ func (n *Node) Probe(ctx context.Context, conf Config, load bool, held *os.File)
 		return v, err
 	}
 	defer set.Close()
-	return v, n.apply(ctx, conf, set, v)
+	return v, errors.Join(n.apply(ctx, conf, set, v), n.adopt(ctx, conf, set))
 }
 
 // verdict returns the cached verdict or probes: without one, and where the last

@@ -214,7 +214,7 @@ func reason(err error) string {
 	switch {
 	case errors.Is(err, ErrConfig):
 		return "config: " + err.Error()
-	case errors.Is(err, attachment.ErrBusy), errors.Is(err, datapath.ErrBusy):
+	case isBusy(err):
 		return "busy: " + err.Error()
 	case errors.Is(err, datapath.ErrUnsupported):
 		return "kernel: " + err.Error()
@@ -224,6 +224,11 @@ func reason(err error) string {
 	default:
 		return err.Error()
 	}
+}
+
+// isBusy tells a failure for want of time.
+func isBusy(err error) bool {
+	return errors.Is(err, attachment.ErrBusy) || errors.Is(err, datapath.ErrBusy)
 }
 
 // coded makes the error that fails a verb where the configuration wants failure.

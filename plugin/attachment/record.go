@@ -88,6 +88,16 @@ type Record struct {
 	// Settings are the CNI verbs' own; this package does not look into them.
 	Settings json.RawMessage `json:"settings,omitempty"`
 	Created  time.Time       `json:"created"`
+	// Pending is what a skipped attachment was to be, had there been time. The
+	// record has no part in that cgroup until somebody makes it so.
+	Pending *Pending `json:"pending,omitempty"`
+}
+
+// Pending is an attachment that can still be made. Its fields are those of [Record].
+type Pending struct {
+	CgroupID   uint64          `json:"cgroupID"`
+	CgroupPath string          `json:"cgroupPath"`
+	Settings   json.RawMessage `json:"settings,omitempty"`
 }
 
 func (s Status) valid() bool {

@@ -1,0 +1,123 @@
+package plugin
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+
+	"github.com/skipstack/skipstack/plugin/attachment"
+	"github.com/skipstack/skipstack/plugin/datapath"
+	"github.com/skipstack/skipstack/plugin/podcgroup"
+)
+
+// attach attaches the pod's cgroup and brings the record from "attaching" to
+// "attached". unguarded is not nil if the pod is attached without a splice guard.
+// The lock is held.
+func (d *Deps) attach(store *attachment.Store, bpffs string, r *attachment.Record, set Set, pod *podcgroup.Pod,
+	did func(step string)) (unguarded, err error) {
+	r.BPFFSDev, r.MountNS, err = d.Datapath.BPFFSIdentity(bpffs)
+	if err != nil {
+		return nil, err
+	}
+	r.Status = attachment.Attaching
+	if err := store.Put(*r); err != nil {
+		return nil, err
+	}
+	did("attaching recorded")
+	if _, err := set.Attach(pod.Dir, pod.ID); errors.Is(err, datapath.ErrGuard) {
+		unguarded = err
+	} else if err != nil {
+		return nil, err
+	}
+	did("link attached")
+	if err := d.settle(store, bpffs, pod.ID, nil, set); err != nil {
+		return nil, err
+	}
+	did("settings written")
+	r.Status = attachment.Attached
+	if err := store.Put(*r); err != nil {
+		return nil, err
+	}
+	did("attached recorded")
+	return unguarded, nil
+}
+
+// adopt attaches the pods whose ADD had no time to, as happens when a node boots
+// and many start at once. Their connections from now on are accelerated. It goes
+// on after errors, which it returns joined.
+func (n *Node) adopt(ctx context.Context, conf Config, set Set) error {
+	root, err := n.Cgroups.Root(conf.CgroupRoot)
+	if err != nil {
+		return err
+	}
+	return n.eachPending(ctx, conf, func(store *attachment.Store, r attachment.Record) error {
+		pod, err := n.Cgroups.Find(ctx, root, podcgroup.Request{Path: r.Pending.CgroupPath})
+		if err != nil {
+			return err
+		}
+		defer pod.Dir.Close()
+		if pod.ID != r.Pending.CgroupID {
+			return nil // another pod's by now
+		}
+		before := r
+		r.CgroupID, r.CgroupPath, r.Settings = r.Pending.CgroupID, r.Pending.CgroupPath, r.Pending.Settings
+		r.Reason, r.Pending = "", nil
+		if _, err := n.attach(store, conf.BPFFS, &r, set, pod, func(string) {}); err != nil {
+			// As it was, so that nobody counts on a link that is not there.
+			return errors.Join(err, n.release(store, conf, r), store.Put(before))
+		}
+		return nil
+	})
+}
+
+// dismiss records that pods which wait for the datapath wait in vain.
+func (n *Node) dismiss(ctx context.Context, conf Config, why error) error {
+	return n.eachPending(ctx, conf, func(store *attachment.Store, r attachment.Record) error {
+		r.Reason, r.Pending = reason(why), nil
+		return store.Put(r)
+	})
+}
+
+// eachPending calls f for each record with something pending on this bpffs, with
+// the lock held, but not all the time: ADDs come in between.
+func (n *Node) eachPending(ctx context.Context, conf Config, f func(*attachment.Store, attachment.Record) error) error {
+	store := attachment.NewStore(conf.RunDir)
+	records, _ := store.List() // what cannot be read has nothing pending
+	var errs []error
+	for _, r := range records {
+		if !isPending(r, conf) {
+			continue
+		}
+		err := func() error {
+			lock, err := n.lock(ctx, conf)
+			if err != nil {
+				return err
+			}
+			defer lock.Unlock()
+			r, err := store.Get(r.Key)
+			if errors.Is(err, attachment.ErrNotFound) {
+				return nil // deleted meanwhile
+			}
+			if err != nil || !isPending(r, conf) {
+				return err
+			}
+			return f(store, r)
+		}()
+		if err != nil {
+			errs = append(errs, fmt.Errorf("attach pod %s/%s: %w", r.PodNamespace, r.PodName, err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func isPending(r attachment.Record, conf Config) bool {
+	return r.Pending != nil && r.Status == attachment.Skipped && r.Version <= attachment.Version &&
+		wishOf(attachment.Record{Settings: r.Pending.Settings}).BPFFS == conf.BPFFS
+}
+
+// anyPending says whether there is something to adopt.
+func anyPending(conf Config) bool {
+	records, _ := attachment.NewStore(conf.RunDir).List()
+	return slices.ContainsFunc(records, func(r attachment.Record) bool { return isPending(r, conf) })
+}

@@ -1,0 +1,156 @@
+package plugin
+
+import (
+	"errors"
+	"reflect"
+	"testing"
+	"time"
+
+	"github.com/skipstack/skipstack/plugin/attachment"
+	"github.com/skipstack/skipstack/plugin/datapath"
+)
+
+// A pod whose ADD had no time is plain until the prober attaches it.
+func TestAdopt(t *testing.T) {
+	probe := func(t *testing.T, b *bench) {
+		t.Helper()
+		if _, err := b.node().Probe(t.Context(), b.config(), true, nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// late makes an ADD fail because the datapath is being loaded.
+	late := func(t *testing.T, r request) *bench {
+		t.Helper()
+		b := newBench(t)
+		b.verdicts.cached, b.verdicts.probed = nil, safe()
+		b.datapath.fail["Load"] = datapath.ErrBusy
+		b.mustAdd(r)
+		b.wantRecord(r, attachment.Skipped, "busy: ")
+		b.wantLinks()
+		if len(b.prober.starts) == 0 || !b.prober.starts[len(b.prober.starts)-1] {
+			t.Errorf("prober started %v", b.prober.starts)
+		}
+		delete(b.datapath.fail, "Load")
+		return b
+	}
+	t.Run("adopted", func(t *testing.T) {
+		r := request{conf: `"excludePorts":[80]`}
+		b := late(t, r)
+		probe(t, b)
+		b.wantRecord(r, attachment.Attached, "")
+		b.wantLinks(101)
+		want := []datapath.PortRange{{First: 80, Last: 80}}
+		if got := b.pod(101).ExcludePorts; !reflect.DeepEqual(got, want) {
+			t.Errorf("excluded ports %v, want %v", got, want)
+		}
+		if rec, _ := b.record(r); rec.Pending != nil || rec.CgroupID != 101 || rec.BPFFSDev != 7 {
+			t.Errorf("record %+v", rec)
+		}
+		if err := b.check(r); err != nil {
+			t.Errorf("CHECK: %v", err)
+		}
+		b.mustDel(r)
+		b.wantNothing()
+	})
+	t.Run("load by hand", func(t *testing.T) {
+		b := late(t, request{})
+		if _, err := b.node().Load(t.Context(), b.config()); err != nil {
+			t.Fatal(err)
+		}
+		b.wantRecord(request{}, attachment.Attached, "")
+	})
+	t.Run("lock busy", func(t *testing.T) {
+		b := newBench(t)
+		b.budget = 200 * time.Millisecond
+		lock, err := b.store().Lock(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		b.mustAdd(request{})
+		b.wantRecord(request{}, attachment.Skipped, "busy: ")
+		if err := lock.Unlock(); err != nil {
+			t.Fatal(err)
+		}
+		if !reflect.DeepEqual(b.prober.starts, []bool{true}) {
+			t.Errorf("prober started %v", b.prober.starts)
+		}
+		probe(t, b)
+		b.wantRecord(request{}, attachment.Attached, "")
+		b.wantLinks(101)
+	})
+	t.Run("killed while it loads", func(t *testing.T) {
+		b := newBench(t)
+		b.budget = 200 * time.Millisecond
+		b.verdicts.cached, b.verdicts.probed = nil, safe()
+		stuck := make(chan struct{})
+		b.datapath.block["Load"] = stuck
+		b.mustAdd(request{})
+		b.wantRecord(request{}, attachment.Skipped, "busy: the datapath is being loaded")
+		close(stuck)
+	})
+	t.Run("deleted", func(t *testing.T) {
+		b := late(t, request{})
+		b.mustDel(request{})
+		probe(t, b)
+		b.wantNothing()
+	})
+	t.Run("cgroup of another pod", func(t *testing.T) {
+		b := late(t, request{})
+		b.cgroups.ids["pod-a"] = 103
+		probe(t, b)
+		b.wantRecord(request{}, attachment.Skipped, "busy: ")
+		b.wantLinks()
+	})
+	t.Run("one cannot be attached", func(t *testing.T) {
+		b := late(t, request{})
+		b.datapath.fail["Load"] = datapath.ErrBusy
+		b.mustAdd(request{container: "c2", cgroup: "pod-b"})
+		delete(b.datapath.fail, "Load")
+		delete(b.cgroups.ids, "pod-a")
+		if _, err := b.node().Probe(t.Context(), b.config(), true, nil); err == nil {
+			t.Error("no error")
+		}
+		b.wantRecord(request{}, attachment.Skipped, "busy: ")
+		b.wantRecord(request{container: "c2"}, attachment.Attached, "")
+		b.wantLinks(102)
+	})
+	t.Run("attaching fails", func(t *testing.T) {
+		b := late(t, request{})
+		b.datapath.fail["Attach"] = errors.New("EPERM")
+		if _, err := b.node().Probe(t.Context(), b.config(), true, nil); err == nil {
+			t.Error("no error")
+		}
+		b.wantRecord(request{}, attachment.Skipped, "busy: ")
+		delete(b.datapath.fail, "Attach")
+		probe(t, b)
+		b.wantRecord(request{}, attachment.Attached, "")
+	})
+	t.Run("not supported", func(t *testing.T) {
+		b := late(t, request{})
+		b.verdicts.probed = &Verdict{Summary: "unsupported: order"}
+		probe(t, b)
+		b.wantRecord(request{}, attachment.Skipped, "kernel: ")
+		if rec, _ := b.record(request{}); rec.Pending != nil {
+			t.Errorf("record %+v", rec)
+		}
+	})
+	t.Run("pods that fail are made anew", func(t *testing.T) {
+		b := newBench(t)
+		b.datapath.fail["Load"] = datapath.ErrBusy
+		if _, err := b.add(request{conf: `"onError":"fail"`}); err == nil {
+			t.Fatal("ADD succeeds")
+		}
+		if rec, ok := b.record(request{}); ok && rec.Pending != nil {
+			t.Errorf("record %+v", rec)
+		}
+	})
+	t.Run("mode off", func(t *testing.T) {
+		b := newBench(t)
+		b.datapath.fail["Load"] = datapath.ErrBusy
+		b.mustAdd(request{conf: `"mode":"off"`})
+		delete(b.datapath.fail, "Load")
+		probe(t, b)
+		b.wantRecord(request{conf: `"mode":"off"`}, attachment.Skipped, "mode off")
+		b.wantLinks()
+	})
+}
