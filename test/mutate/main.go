@@ -10,6 +10,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -34,6 +35,7 @@ type mutation struct {
 	old  string // must be there exactly once
 	new  string
 	test string // fails without the rule
+	pkg  string // of the test; ./test/datapath if empty
 }
 
 func main() {
@@ -177,10 +179,11 @@ func (mu mutation) check(dir string) error {
 
 // baseline checks that every test passes as long as nothing is taken out.
 func (m *mutator) baseline(ctx context.Context, chosen []mutation) error {
-	var tests []string
+	type test struct{ pkg, name string }
+	var tests []test
 	for _, mu := range chosen {
-		if !slices.Contains(tests, mu.test) {
-			tests = append(tests, mu.test)
+		if t := (test{mu.pkg, mu.test}); !slices.Contains(tests, t) {
+			tests = append(tests, t)
 		}
 	}
 	overlay, err := m.build(ctx, nil)
@@ -188,12 +191,12 @@ func (m *mutator) baseline(ctx context.Context, chosen []mutation) error {
 		return err
 	}
 	for _, test := range tests {
-		out, passed, err := m.test(ctx, overlay, test)
+		out, passed, err := m.test(ctx, overlay, test.pkg, test.name)
 		if err != nil {
 			return err
 		}
 		if !passed || !bytes.Contains(out, []byte("--- PASS: ")) {
-			return fmt.Errorf("%s does not pass as it is:\n%s", test, out)
+			return fmt.Errorf("%s does not pass as it is:\n%s", test.name, out)
 		}
 	}
 	return nil
@@ -205,7 +208,7 @@ func (m *mutator) try(ctx context.Context, mu mutation) (string, error) {
 	if err != nil {
 		return "", fmt.Errorf("%s: %w", mu.name, err)
 	}
-	out, passed, err := m.test(ctx, overlay, mu.test)
+	out, passed, err := m.test(ctx, overlay, mu.pkg, mu.test)
 	if err != nil {
 		return "", fmt.Errorf("%s: %w", mu.name, err)
 	}
@@ -275,8 +278,8 @@ func noWerror(args []string) []string {
 	return args
 }
 
-func (m *mutator) test(ctx context.Context, overlay, test string) (out []byte, passed bool, err error) {
-	cmd := exec.CommandContext(ctx, "go", "test", "-overlay="+overlay, "-count=1", "-v", "-timeout=5m", "-run", test, "./test/datapath")
+func (m *mutator) test(ctx context.Context, overlay, pkg, test string) (out []byte, passed bool, err error) {
+	cmd := exec.CommandContext(ctx, "go", "test", "-overlay="+overlay, "-count=1", "-v", "-timeout=5m", "-run", test, cmp.Or(pkg, "./test/datapath"))
 	cmd.Dir = m.root
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
 	out, err = cmd.CombinedOutput()
