@@ -15,6 +15,7 @@ import (
 	"github.com/containernetworking/cni/libcni"
 	"github.com/containernetworking/cni/pkg/invoke"
 	"github.com/containernetworking/cni/pkg/types"
+	types100 "github.com/containernetworking/cni/pkg/types/100"
 	"github.com/containernetworking/cni/pkg/version"
 	"golang.org/x/sys/unix"
 )
@@ -31,6 +32,9 @@ type Network struct {
 	// Skipstack is the plugin's entry without type and capabilities; nil: a
 	// network without skipstack. The node's paths are filled in.
 	Skipstack map[string]any
+	// PrevResult: the pod's interface is there, as [Pod.Wire] makes it; the list has
+	// no plugin but skipstack, which gets this result.
+	PrevResult *types100.Result
 }
 
 // Network makes the conflist of a network on this node: bridge or ptp with
@@ -62,11 +66,17 @@ func (n *Node) Network(w Network) (*libcni.NetworkConfigList, error) {
 		main["bridge"], main["isGateway"], main["hairpinMode"] = "cni0", true, true
 	}
 	plugins := []any{main}
+	if w.PrevResult != nil {
+		plugins = nil
+	}
 	if w.Skipstack != nil {
 		own := map[string]any{"type": PluginType, "capabilities": map[string]any{
 			"cgroupPath": true, "io.kubernetes.cri.pod-annotations": true,
 		}}
 		maps.Copy(own, w.Skipstack)
+		if w.PrevResult != nil {
+			own["prevResult"] = w.PrevResult
+		}
 		plugins = append(plugins, own)
 	}
 	list, err := json.Marshal(map[string]any{"cniVersion": w.Version, "name": w.Name, "plugins": plugins})

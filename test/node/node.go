@@ -50,6 +50,8 @@ type Node struct {
 	pluginDirs []string
 	log        io.Writer
 	thread     *thread
+	journal    bool       // attachments are recorded; see Here
+	locks      []*os.File // held until Close
 
 	mu       sync.Mutex
 	pods     []*Pod
@@ -231,6 +233,12 @@ func (n *Node) Close() error {
 		if err := unix.Unmount(n.BPFFS, unix.MNT_DETACH); err != nil {
 			failed = append(failed, fmt.Errorf("unmount %s: %w", n.BPFFS, err))
 		}
+	}
+	if n.journal {
+		if err := errors.Join(failed...); err != nil {
+			return errors.Join(err, n.unlock()) // the next SweepHere tries again
+		}
+		return errors.Join(os.RemoveAll(n.Dir), n.unlock())
 	}
 	failed = append(failed, removeNetNS(n.NetNS), os.RemoveAll(n.RunDir), os.RemoveAll(n.Dir))
 	return errors.Join(failed...)

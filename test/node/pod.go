@@ -54,6 +54,7 @@ type Pod struct {
 	attached  []attachment
 	processes []*Process
 	services  []*Service
+	veths     []string // in the node's network namespace, made by Wire
 }
 
 type attachment struct {
@@ -153,6 +154,9 @@ func (p *Pod) RuntimeConf(ifName string) *libcni.RuntimeConf {
 // Add attaches the pod to a network (CNI ADD). What fails is deleted
 // again, as runtimes do. Errors of plugins are *types.Error.
 func (p *Pod) Add(ctx context.Context, list *libcni.NetworkConfigList, ifName string) (*types100.Result, error) {
+	if err := p.note(list, ifName); err != nil {
+		return nil, err
+	}
 	cni, rt := p.node.CNI(), p.RuntimeConf(ifName)
 	res, err := cni.AddNetworkList(ctx, list, rt)
 	var result *types100.Result
@@ -162,7 +166,7 @@ func (p *Pod) Add(ctx context.Context, list *libcni.NetworkConfigList, ifName st
 	if err != nil {
 		clean, cancel := context.WithTimeout(context.WithoutCancel(ctx), closeTimeout)
 		defer cancel()
-		return nil, errors.Join(fmt.Errorf("add pod %s to network %s: %w", p.Name, list.Name, err), cni.DelNetworkList(clean, list, rt))
+		return nil, errors.Join(fmt.Errorf("add pod %s to network %s: %w", p.Name, list.Name, err), p.Del(clean, list, ifName))
 	}
 	p.mu.Lock()
 	p.attached = append(p.attached, attachment{list, ifName, result})
@@ -176,11 +180,11 @@ func (p *Pod) Del(ctx context.Context, list *libcni.NetworkConfigList, ifName st
 		return fmt.Errorf("delete pod %s from network %s: %w", p.Name, list.Name, err)
 	}
 	p.mu.Lock()
-	defer p.mu.Unlock()
 	p.attached = slices.DeleteFunc(p.attached, func(a attachment) bool {
 		return a.list.Name == list.Name && a.ifName == ifName
 	})
-	return nil
+	p.mu.Unlock()
+	return p.forgetNote(ifName)
 }
 
 // Check is CNI CHECK.
@@ -236,8 +240,8 @@ func (p *Pod) Do(f func() error) error { return p.thread.do(f) }
 // cgroups. It may be called again.
 func (p *Pod) Close(ctx context.Context) error {
 	p.mu.Lock()
-	attached, processes, services := p.attached, p.processes, p.services
-	p.attached, p.processes, p.services = nil, nil, nil
+	attached, processes, services, veths := p.attached, p.processes, p.services, p.veths
+	p.attached, p.processes, p.services, p.veths = nil, nil, nil, nil
 	p.mu.Unlock()
 	var failed []error
 	for _, s := range services {
@@ -249,6 +253,7 @@ func (p *Pod) Close(ctx context.Context) error {
 	for i := len(attached) - 1; i >= 0; i-- {
 		failed = append(failed, p.Del(ctx, attached[i].list, attached[i].ifName))
 	}
+	failed = append(failed, p.unwire(veths))
 	if p.thread != nil {
 		failed = append(failed, p.thread.close())
 		p.thread = nil

@@ -72,7 +72,9 @@ seconds, --full all there is; how long is said first. Of a set, --tests,
 By default the pods are those of a private node, which has its own mount,
 network, cgroup and PID namespaces: nothing of this machine is touched, and
 everything is removed at the end. They are made through libcni by the chain
-bridge, host-local, skipstack.
+bridge, host-local, skipstack; where the first two are not in --cni-path, veth
+and bridge are made by netlink. With --conflist the two pods are made on this
+node by a chain of your own.
 
 Plain and accelerated runs differ only in the cgroup of the processes, and
 alternate.

@@ -39,6 +39,13 @@ func nothingLeft(t *testing.T) {
 func TestUsageErrors(t *testing.T) {
 	node.Need(t)
 	path := "--cni-path=" + node.ProgramDir()
+	conflist := func(content string) string {
+		file := filepath.Join(t.TempDir(), "x.conflist")
+		if err := os.WriteFile(file, []byte(content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return file
+	}
 	for _, c := range []struct {
 		args   []string
 		nobody bool
@@ -62,7 +69,13 @@ func TestUsageErrors(t *testing.T) {
 		{args: []string{"--cni-path=/nonexistent"}, want: "no such directory"},
 		{args: []string{"--quick", path, "--sockets=some"}, want: "blocking or nonblocking"},
 		{args: []string{"--quick", path, "--json=/nonexistent/file"}, want: "its directory is not writable"},
-		{args: []string{"--quick", "--cni-path=" + t.TempDir()}, want: "no CNI plugin bridge"},
+		{args: []string{"--conflist=/nonexistent", path}, want: "no such file"},
+		{args: []string{"--conflist=" + conflist(`{"cniVersion":"1.0.0","name":"n","plugins":[{"type":"bridge"}]}`), path}, want: "skipstack is not in it"},
+		{args: []string{"--conflist=" + conflist(`{"cniVersion":"1.0.0","name":"n","plugins":[{"type":"skipstack","speed":9}]}`), path}, want: "speed"},
+		{args: []string{"--conflist=" + conflist(`{"cniVersion":"1.0.0","name":"n","plugins":[{"type":"warp"},{"type":"skipstack"}]}`), path}, want: "no CNI plugin warp"},
+		{args: []string{"--conflist=" + conflist(`{"cniVersion":"1.0.0","name":"n","plugins":[{"type":"bridge","ipam":{"type":"oracle"}},{"type":"skipstack"}]}`), path}, want: "no CNI plugin oracle"},
+		{args: []string{"--conflist=" + conflist(`{"cniVersion":"1.0.0","name":"n","type":"skipstack"}`), path}, want: "not a list of plugins"},
+		{args: []string{"--conflist=" + conflist(`plugins`), path}, want: "conflist"},
 		{args: []string{"--quick", path, "--speed=9"}, want: "unknown flag"},
 		{args: []string{"--quick", path, "argument"}, want: "argument"},
 		{args: []string{"--quick", path}, nobody: true, want: "needs root"},

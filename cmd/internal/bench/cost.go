@@ -2,6 +2,7 @@ package bench
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -31,7 +32,7 @@ func costPoints(points []Point) []Point {
 // them costs time itself.
 func (r *runner) costs(ctx context.Context, report *Report) error {
 	s, ok := r.site.(programSite)
-	if !ok {
+	if !ok || !report.Proven() {
 		return nil
 	}
 	var points []Point
@@ -55,7 +56,11 @@ func (r *runner) costs(ctx context.Context, report *Report) error {
 		if err != nil {
 			return err
 		}
-		if _, _, err := timing.run(ctx, p, true, false); err != nil {
+		switch _, _, err := timing.run(ctx, p, true, false); {
+		case errors.Is(err, errTooBusy):
+			fmt.Fprintf(r.log, "bench: %s: not timed: %v\n", p, err)
+			continue
+		case err != nil:
 			return fmt.Errorf("%s: %w", p, err)
 		}
 		after, err := s.runTimes()

@@ -13,6 +13,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
+	"github.com/skipstack/skipstack/plugin/datapath"
 	"github.com/skipstack/skipstack/test/node"
 )
 
@@ -23,7 +24,7 @@ type flags struct {
 	repeats                         int
 	length                          time.Duration
 	sockets, reference              string
-	cniPath                         string
+	cniPath, conflist               string
 	json, csv                       string
 	check                           bool
 	minSpeedup                      float64
@@ -51,6 +52,7 @@ func (f *flags) add(cmd *cobra.Command) {
 	set.StringVar(&f.sockets, "sockets", blockingSockets, "what the generators use: blocking, or nonblocking with poll(2)")
 	set.StringVar(&f.reference, "reference", "", "unix: measure each point over an AF_UNIX stream too, which has no network at all")
 	set.StringVar(&f.cniPath, "cni-path", defaultCNIPath, "`DIRECTORY` of the CNI plugins")
+	set.StringVar(&f.conflist, "conflist", "", "make the two pods on this node, by the chain of this `FILE`")
 	set.StringVar(&f.json, "json", "", "also write the results as JSON to this `FILE`; - is standard output, the table then goes to standard error")
 	set.StringVar(&f.csv, "csv", "", "also write the results as CSV to this `FILE`; - as with --json")
 	set.BoolVar(&f.check, "check", false, "fail if a point is slower than --min-speedup, too")
@@ -119,50 +121,49 @@ func (o options) points() ([]Point, error) {
 	return o.selection.points(len(cpus))
 }
 
-// checkMachine finds out whether the bench can be run here as asked.
-func (o options) checkMachine() error {
+// checkMachine finds out whether the bench can be run here as asked. With --conflist
+// it returns how.
+func (o options) checkMachine() (chain hereOptions, err error) {
 	if _, err := o.points(); err != nil {
-		return err
+		return chain, err
 	}
 	for name, path := range map[string]string{"json": o.json, "csv": o.csv} {
 		if path == "" || path == "-" {
 			continue
 		}
 		if err := unix.Access(filepath.Dir(path), unix.W_OK); err != nil {
-			return fmt.Errorf("--%s %s: its directory is not writable: %w", name, path, err)
+			return chain, fmt.Errorf("--%s %s: its directory is not writable: %w", name, path, err)
 		}
 		if info, err := os.Stat(path); err == nil && info.IsDir() {
-			return fmt.Errorf("--%s %s: it is a directory", name, path)
+			return chain, fmt.Errorf("--%s %s: it is a directory", name, path)
 		}
 	}
 	if os.Geteuid() != 0 {
-		return node.ErrPrivilege
+		return chain, node.ErrPrivilege
 	}
-	return o.checkPrivate()
-}
-
-// checkPrivate finds out whether a private node can be made.
-func (o options) checkPrivate() error {
-	if info, err := os.Stat(o.cniPath); o.cniPathSet && (err != nil || !info.IsDir()) {
-		return fmt.Errorf("--cni-path %s: no such directory", o.cniPath)
-	}
-	if plugin := missingPlugin(o.cniPath, requiredPlugins); plugin != "" {
-		return fmt.Errorf("no CNI plugin %s in %s: name its directory with --cni-path (in the source tree, `make plugins` builds it in bin/cni)", plugin, o.cniPath)
-	}
-	program, err := os.Executable()
-	if err != nil {
-		return fmt.Errorf("find this program: %w", err)
+	if err := datapath.CheckKernel(); err != nil {
+		return chain, err
 	}
 	cniPath, err := filepath.Abs(o.cniPath)
 	if err != nil {
-		return fmt.Errorf("--cni-path: %w", err)
+		return chain, fmt.Errorf("--cni-path: %w", err)
+	}
+	if info, err := os.Stat(cniPath); o.cniPathSet && (err != nil || !info.IsDir()) {
+		return chain, fmt.Errorf("--cni-path %s: no such directory", o.cniPath)
+	}
+	if o.conflist != "" {
+		return readChain(o.conflist, cniPath)
+	}
+	program, err := os.Executable()
+	if err != nil {
+		return chain, fmt.Errorf("find this program: %w", err)
 	}
 	for _, path := range []string{program, cniPath} {
 		if strings.HasPrefix(path, "/run/") {
-			return fmt.Errorf("%s cannot be used: the private node has a /run of its own", path)
+			return chain, fmt.Errorf("%s cannot be used: the private node has a /run of its own", path)
 		}
 	}
-	return nil
+	return chain, nil
 }
 
 // missingPlugin returns the first of these plugins that is not in a directory; ""

@@ -111,6 +111,9 @@ func (r *runner) measure(ctx context.Context, p Point) (Result, error) {
 	return result, nil
 }
 
+// errTooBusy is returned for a run that something disturbed at every attempt.
+var errTooBusy = errors.New("the machine is too busy")
+
 // attempts is how often a run that something disturbed is tried.
 const attempts = 10
 
@@ -179,7 +182,7 @@ func (r *runner) runAs(ctx context.Context, p Point, kind runKind) (measured, da
 		case !short && !late, !short && attempt == attempts:
 			return m, counted, nil
 		case attempt == attempts:
-			return m, none, fmt.Errorf("the machine is too busy: %s", why)
+			return m, none, fmt.Errorf("%w: %s", errTooBusy, why)
 		}
 		fmt.Fprintf(r.log, "bench: %s: %s, once more\n", p, why)
 	}

@@ -13,6 +13,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/skipstack/skipstack/plugin/datapath"
 	"github.com/skipstack/skipstack/test/node"
 )
 
@@ -23,8 +24,14 @@ const resultFD = 3
 // outside checks what can be checked before anything is created, and runs the bench
 // in private namespaces.
 func outside(ctx context.Context, c Config, o options, args []string) error {
-	if err := o.checkMachine(); err != nil {
+	chain, err := o.checkMachine()
+	switch {
+	case errors.Is(err, datapath.ErrUnsupported):
+		return &ExitError{ExitNotAllowed, fmt.Errorf("the kernel's verdict is unsupported: %w", err)}
+	case err != nil:
 		return &ExitError{ExitUsage, err}
+	case o.conflist != "":
+		return here(ctx, c, o, chain)
 	}
 	resultRead, resultWrite, err := os.Pipe()
 	if err != nil {
@@ -148,6 +155,9 @@ func measureAll(ctx context.Context, s site, p Parameters, points []Point, log i
 		return nil, err
 	}
 	r := &runner{site: s, parameters: p, cpus: cpus, log: log}
+	if judge, ok := s.(interface{ rules() *rules }); ok {
+		r.rules = judge.rules()
+	}
 	if r.interruptsApart, err = interruptsApart(); err != nil {
 		return nil, err
 	}

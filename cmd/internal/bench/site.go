@@ -12,11 +12,10 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
-	"time"
 
-	"github.com/skipstack/skipstack/plugin/attachment"
+	"github.com/containernetworking/cni/libcni"
+
 	"github.com/skipstack/skipstack/plugin/datapath"
-	"github.com/skipstack/skipstack/plugin/verdict"
 	"github.com/skipstack/skipstack/test/node"
 )
 
@@ -41,86 +40,44 @@ type localSite interface {
 	socketPath() string
 }
 
-const (
-	// gateTimeout is how long a first probe of the kernel may take.
-	gateTimeout = 30 * time.Second
-	// serviceAddr is in the range that kubeadm gives to Services.
-	serviceAddr = "10.96.0.10"
-)
+// serviceAddr is in the range that kubeadm gives to Services.
+const serviceAddr = "10.96.0.10"
 
-// requiredPlugins are needed in --cni-path.
-var requiredPlugins = []string{"bridge", "host-local"}
-
-// privateSite is a private node with two pods on a bridge, made by the real chain.
-type privateSite struct {
+// A nodeSite is two pods that the bench has made, on a private node or on this one.
+type nodeSite struct {
 	node           *node.Node
 	client, server *node.Pod
 	set            *datapath.Set
+	bpffs, runDir  string // skipstack's
+	network        string // name
+	shared         bool   // the node has pods of others
+	services       bool   // NAT rules may be made on the node
 	command        func() *exec.Cmd
 	stderr         io.Writer
 	plugins        []string
+	place          string // for the facts
 
 	workers map[role]*remote
 	service *node.Service
 	verdict string
 }
 
-// privateOptions say how a private site is made.
-type privateOptions struct {
-	cniPath string
-	program string           // skipstack's
-	worker  func() *exec.Cmd // the worker's command
-	stderr  io.Writer
-	mode    string // annotation skipstack/mode of the pods
-}
-
-// newPrivateSite makes the node and its pods, and waits until the datapath says that
-// their connections will be accelerated. Close the site after use, even on error.
-func newPrivateSite(ctx context.Context, o privateOptions) (s *privateSite, err error) {
-	pluginLog := &lockedBuffer{}
-	s = &privateSite{command: o.worker, stderr: o.stderr, workers: map[role]*remote{}}
-	s.node, err = node.New(node.Options{
-		Name:       "bench",
-		PluginDirs: []string{o.cniPath},
-		Plugins:    map[string]string{node.PluginType: o.program},
-		Log:        pluginLog,
-	})
-	if err != nil {
-		return s, err
-	}
-	// splice: the workers call only send and recv. blocking: as netperf's, their
-	// sockets block; one thread reads each, gets no signals, and takes EAGAIN.
-	list, err := s.node.Network(node.Network{
-		Name:      "skipstack-bench",
-		Skipstack: map[string]any{"acceptRisks": []string{"splice", "blocking"}},
-	})
-	if err != nil {
-		return s, err
-	}
+// add attaches a pod to its network.
+func (s *nodeSite) add(ctx context.Context, p *node.Pod, list *libcni.NetworkConfigList) error {
+	s.network, s.plugins = list.Name, nil
 	for _, p := range list.Plugins {
 		s.plugins = append(s.plugins, p.Network.Type)
 	}
-	annotations := map[string]string{"skipstack/mode": o.mode}
-	for _, pod := range []struct {
-		name string
-		p    **node.Pod
-	}{{string(serverPod), &s.server}, {string(clientPod), &s.client}} {
-		if *pod.p, err = s.node.AddPod(ctx, pod.name, list, node.PodOptions{Namespace: "bench", Annotations: annotations}); err != nil {
-			return s, err
-		}
-		// A new port for each run and a whole range of clients' ports: connections
-		// in TIME_WAIT never get in the way.
-		if err := (*pod.p).Do(widePortRange); err != nil {
-			return s, err
-		}
-		if _, err := s.attached(list.Name, *pod.p); err != nil {
-			return s, errors.Join(err, textError(pluginLog.String()))
-		}
+	if _, err := p.Add(ctx, list, node.IfName); err != nil {
+		return err
 	}
-	if err := s.waitForGate(ctx, list.Name); err != nil {
-		return s, errors.Join(err, textError(pluginLog.String()))
+	// A new port for each run and a whole range of clients' ports: connections in
+	// TIME_WAIT never get in the way.
+	if err := p.Do(widePortRange); err != nil {
+		return err
 	}
-	return s, nil
+	_, err := s.attached(p)
+	return err
 }
 
 func widePortRange() error {
@@ -130,64 +87,7 @@ func widePortRange() error {
 	return nil
 }
 
-// attached says that ADD has attached a pod, or why it has not.
-func (s *privateSite) attached(network string, p *node.Pod) (attachment.Record, error) {
-	record, err := attachment.NewStore(s.node.RunDir).Get(attachment.Key{Network: network, ContainerID: p.ID, IfName: node.IfName})
-	if err != nil {
-		return record, fmt.Errorf("read the attachment of pod %s: %w", p.Name, err)
-	}
-	if record.Status != attachment.Attached {
-		return record, fmt.Errorf("%w: pod %s: %s: %s", errNotAllowed, p.Name, record.Status, record.Reason)
-	}
-	return record, nil
-}
-
-// waitForGate waits until the kernel's verdict is in and the node's gate open, and
-// checks what follows for the two pods.
-func (s *privateSite) waitForGate(ctx context.Context, network string) error {
-	ctx, cancel := context.WithTimeout(ctx, gateTimeout)
-	defer cancel()
-	for {
-		v, err := verdict.Cached(s.node.RunDir)
-		if err == nil && v.Level == verdict.Unsupported {
-			return fmt.Errorf("%w: the kernel's verdict is %s", errNotAllowed, v)
-		}
-		var settings datapath.NodeSettings
-		if err == nil && s.set == nil {
-			s.set, err = datapath.Open(s.node.BPFFS)
-		}
-		if err == nil {
-			settings, err = s.set.Node()
-		}
-		if err == nil && settings.Open {
-			s.verdict = v.String()
-			return errors.Join(s.accelerated(network, s.client, settings), s.accelerated(network, s.server, settings))
-		}
-		select {
-		case <-ctx.Done():
-			return errors.Join(fmt.Errorf("%w: no verdict on this kernel after %v", errNotAllowed, gateTimeout), err)
-		case <-time.After(5 * time.Millisecond):
-		}
-	}
-}
-
-// accelerated checks that connections of a pod will be accelerated.
-func (s *privateSite) accelerated(network string, p *node.Pod, n datapath.NodeSettings) error {
-	record, err := s.attached(network, p)
-	if err != nil {
-		return err
-	}
-	settings, known, err := s.set.Pod(record.CgroupID)
-	if err != nil {
-		return err
-	}
-	if !known || !n.Accelerates(settings) {
-		return fmt.Errorf("%w: pod %s: the kernel's verdict is %s, the pod accepts [%s]", errNotAllowed, p.Name, s.verdict, settings.Accepted)
-	}
-	return nil
-}
-
-func (s *privateSite) worker(r role) (*remote, error) {
+func (s *nodeSite) worker(r role) (*remote, error) {
 	if w := s.workers[r]; w != nil {
 		return w, nil
 	}
@@ -221,13 +121,13 @@ func (s *privateSite) worker(r role) (*remote, error) {
 	return w, nil
 }
 
-func (s *privateSite) target(path Path) (netip.Addr, error) {
+func (s *nodeSite) target(path Path) (netip.Addr, error) {
 	switch path {
 	case PodIP, IPv6:
 		if addr, ok := s.server.Addr(path == IPv6); ok {
 			return addr, nil
 		}
-		return netip.Addr{}, fmt.Errorf("the server pod has no address for path %s", path)
+		return netip.Addr{}, fmt.Errorf("%w: the server pod has no such address", errNoPath)
 	case Loopback:
 		return netip.AddrFrom4([4]byte{127, 0, 0, 1}), nil
 	case ServiceIP:
@@ -235,7 +135,13 @@ func (s *privateSite) target(path Path) (netip.Addr, error) {
 		if s.service != nil {
 			return addr, nil
 		}
-		backend, _ := s.server.Addr(false)
+		backend, ok := s.server.Addr(false)
+		switch {
+		case !s.services:
+			return addr, fmt.Errorf("%w: no NAT rules are added to a node in use", errNoPath)
+		case !ok:
+			return addr, fmt.Errorf("%w: the server pod has no IPv4 address", errNoPath)
+		}
 		var err error
 		// Without br_netfilter the reply would not pass the translation.
 		s.service, err = s.node.AddService(node.ServiceOptions{IP: addr, Backend: backend, Masquerade: !s.node.HasBridgeNetfilter()})
@@ -244,22 +150,34 @@ func (s *privateSite) target(path Path) (netip.Addr, error) {
 	return netip.Addr{}, fmt.Errorf("unknown path %q", path)
 }
 
-func (s *privateSite) socketPath() string { return filepath.Join(s.node.Dir, "reference.sock") }
+func (s *nodeSite) socketPath() string { return filepath.Join(s.node.Dir, "reference.sock") }
 
-func (s *privateSite) counters() (datapath.Counters, error) { return s.set.Counters() }
+func (s *nodeSite) counters() (datapath.Counters, error) {
+	if s.shared {
+		return s.podCounters()
+	}
+	return s.set.Counters()
+}
 
-func (s *privateSite) runTimes() (map[string]datapath.RunTime, error) { return s.set.RunTimes() }
+func (s *nodeSite) rules() *rules {
+	if s.shared {
+		return podRules
+	}
+	return counterRules
+}
 
-func (s *privateSite) facts() Facts {
+func (s *nodeSite) runTimes() (map[string]datapath.RunTime, error) { return s.set.RunTimes() }
+
+func (s *nodeSite) facts() Facts {
 	return Facts{
-		Network: "private node: " + strings.Join(s.plugins, " + "), Plugins: s.plugins,
+		Network: s.place, Plugins: s.plugins,
 		BridgeNetfilter: s.node.HasBridgeNetfilter(), Verdict: s.verdict,
 	}
 }
 
 // close removes everything, and returns an error that wraps node.ErrLeftover if the
 // pods left something on the node.
-func (s *privateSite) close() error {
+func (s *nodeSite) close() error {
 	var failed []error
 	for _, w := range s.workers {
 		failed = append(failed, w.close())
@@ -267,7 +185,14 @@ func (s *privateSite) close() error {
 	if s.set != nil {
 		failed = append(failed, s.set.Close())
 	}
-	if s.node != nil {
+	if s.node != nil && s.shared {
+		if err := s.node.Close(); err != nil {
+			return errors.Join(append(failed, fmt.Errorf("%w: %w (the next bench with --conflist tries again)", node.ErrLeftover, err))...)
+		}
+		if left := s.left(); len(left) > 0 {
+			failed = append(failed, fmt.Errorf("%w:\n%s", node.ErrLeftover, strings.Join(left, "\n")))
+		}
+	} else if s.node != nil {
 		left, err := s.node.ClosePods()
 		failed = append(failed, err)
 		if len(left) > 0 {

@@ -30,7 +30,7 @@ func TestMain(m *testing.M) {
 			"client": podClient,
 		},
 		Build: []string{"github.com/skipstack/skipstack/cmd/skipstack"},
-		Tools: requiredPlugins,
+		Tools: chainPlugins,
 	}))
 }
 
@@ -231,7 +231,7 @@ func TestKilledWorkerEndsTheRun(t *testing.T) {
 }
 
 // privateSiteFor makes a private site for a test.
-func privateSiteFor(t *testing.T, mode string) (*privateSite, error) {
+func privateSiteFor(t *testing.T, mode string) (*nodeSite, error) {
 	t.Helper()
 	node.Need(t)
 	s, err := newPrivateSite(t.Context(), privateOptions{

@@ -46,7 +46,7 @@ func (r *Report) writeText(w io.Writer) error {
 	var b bytes.Buffer
 	h := r.Header
 	fmt.Fprintf(&b, "\nLinux %s, %s, %d CPUs.\nKernel verdict: %s.\n", h.Kernel, h.CPU, h.CPUs, h.Verdict)
-	fmt.Fprintf(&b, "Two pods on a %s; congestion control %s.\n", h.Network, h.Congestion)
+	fmt.Fprintf(&b, "Two pods, %s;\ncongestion control %s.\n", h.Network, h.Congestion)
 	fmt.Fprintf(&b, "Medians of %d pairs of runs of %v; plain and accelerated runs differ only in\n", h.Parameters.Repeats, h.Parameters.Length)
 	fmt.Fprint(&b, "the processes' cgroup. The pods accept two risks, which is right here: splice,\n"+
 		"as the processes only send and recv, and blocking, as one thread reads each\n"+

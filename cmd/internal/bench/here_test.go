@@ -1,0 +1,267 @@
+package bench
+
+import (
+	"bufio"
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/skipstack/skipstack/plugin/datapath"
+	"github.com/skipstack/skipstack/test/node"
+)
+
+// These tests run `skipstack bench --conflist` on the machine of the tests, which is
+// private to them.
+
+// machine has a conflist for it. Its name keeps tests that run at once apart.
+func machine(t *testing.T, mode string) (conflist string, n *node.Node, leases string) {
+	t.Helper()
+	node.Need(t)
+	n, err := node.New(node.Options{}) // for its bpffs and run directory
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if link, err := netlink.LinkByName("bench0"); err == nil {
+			_ = netlink.LinkDel(link)
+		}
+		_ = os.RemoveAll(hereDir)
+		if err := n.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	dir := t.TempDir()
+	leases = filepath.Join(dir, "leases")
+	list, err := json.Marshal(map[string]any{"cniVersion": "1.0.0", "name": "users", "plugins": []any{
+		map[string]any{"type": "bridge", "bridge": "bench0", "isGateway": true, "ipam": map[string]any{
+			"type": "host-local", "dataDir": leases, "ranges": []any{[]any{map[string]any{"subnet": "10.99.0.0/24"}}},
+		}},
+		// No capabilities: the bench adds what it needs.
+		map[string]any{"type": "skipstack", "mode": mode, "bpffs": n.BPFFS, "runDir": n.RunDir},
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	conflist = filepath.Join(dir, "10-users.conflist")
+	if err := os.WriteFile(conflist, list, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return conflist, n, leases
+}
+
+func hereArgs(conflist string, more ...string) []string {
+	return append([]string{"--conflist=" + conflist, "--cni-path=" + node.ProgramDir(), "--quick", "--tests=rr"}, more...)
+}
+
+// clean checks that a bench has left nothing of its own.
+func clean(t *testing.T, n *node.Node, leases string) {
+	t.Helper()
+	nothingLeft(t)
+	for _, dir := range []string{hereDir, filepath.Join(n.RunDir, "attachments"), filepath.Join(n.BPFFS, "skipstack/v1/links"), filepath.Join(leases, "users")} {
+		entries, err := os.ReadDir(dir)
+		if err != nil && !os.IsNotExist(err) {
+			t.Error(err)
+		}
+		for _, e := range entries {
+			if strings.Count(e.Name(), ".") == 3 || !strings.Contains(dir, leases) {
+				t.Errorf("left: %s", filepath.Join(dir, e.Name()))
+			}
+		}
+	}
+	links, err := netlink.LinkList()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, l := range links {
+		if l.Type() == "veth" {
+			t.Errorf("left: link %s", l.Attrs().Name)
+		}
+	}
+}
+
+func TestHere(t *testing.T) {
+	conflist, n, leases := machine(t, "auto")
+	file := filepath.Join(t.TempDir(), "result.json")
+	cmd := program(hereArgs(conflist, "--json="+file, "--reference=unix")...)
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	clean(t, n, leases)
+	content, err := os.ReadFile(file)
+	var r Report
+	if err == nil {
+		err = json.Unmarshal(content, &r)
+	}
+	if err != nil || !r.Proven() || len(r.Points) != 2 {
+		t.Errorf("%v\n%s\n%s", err, content, out)
+	}
+	if h := r.Header; !strings.HasPrefix(h.Network, "this node, network users: bridge + skipstack") || h.Verdict == "" || len(h.LeftOut) != 1 {
+		t.Errorf("header %+v", h)
+	}
+	for _, p := range r.Points {
+		if p.Path != PodIP || p.Proof != Proven || p.RedirectedBytes < p.PayloadBytes*99/100 || p.Unix == nil {
+			t.Errorf("%+v", p)
+		}
+	}
+}
+
+// TestHereSecretlyOff: the user's node is switched off while the bench runs.
+func TestHereSecretlyOff(t *testing.T) {
+	conflist, n, leases := machine(t, "auto")
+	out, code := disturbedHere(t, conflist, "data verified", func(int) {
+		if _, err := datapath.SwitchNode(n.BPFFS, true); err != nil {
+			t.Error(err)
+		}
+	})
+	if code != ExitNotProven || !strings.Contains(out, "NOT PROVEN") {
+		t.Errorf("exit code %d\n%s", code, out)
+	}
+	clean(t, n, leases)
+}
+
+func TestHereNotAllowed(t *testing.T) {
+	conflist, n, leases := machine(t, "off")
+	cmd := program(hereArgs(conflist)...)
+	out, _ := cmd.CombinedOutput()
+	if code := cmd.ProcessState.ExitCode(); code != ExitNotAllowed || !bytes.Contains(out, []byte("not accelerated")) {
+		t.Errorf("exit code %d\n%s", code, out)
+	}
+	clean(t, n, leases)
+}
+
+// TestHereKilled: an interrupted bench cleans up; what a killed one leaves, the
+// next removes.
+func TestHereKilled(t *testing.T) {
+	conflist, n, leases := machine(t, "auto")
+	out, code := disturbedHere(t, conflist, "data verified", func(pid int) { _ = unix.Kill(pid, unix.SIGTERM) })
+	if code != ExitNotProven || !strings.Contains(out, "interrupted") {
+		t.Errorf("SIGTERM: exit code %d\n%s", code, out)
+	}
+	clean(t, n, leases)
+
+	out, code = disturbedHere(t, conflist, "data verified", func(pid int) { _ = unix.Kill(pid, unix.SIGKILL) })
+	if left, err := filepath.Glob(filepath.Join(hereDir, "*/"+"attachment-*")); code == 0 || err != nil || len(left) != 2 {
+		t.Fatalf("SIGKILL: exit code %d, left %v, %v\n%s", code, left, err, out)
+	}
+	cmd := program(hereArgs(conflist)...)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Errorf("the next: %v\n%s", err, out)
+	}
+	clean(t, n, leases)
+}
+
+// disturbedHere runs the bench, and disturb after a line on standard error.
+func disturbedHere(t *testing.T, conflist, after string, disturb func(pid int)) (said string, code int) {
+	t.Helper()
+	cmd := program(hereArgs(conflist)...)
+	var out, errs bytes.Buffer
+	cmd.Stdout = &out
+	stderr, err := cmd.StderrPipe()
+	if err == nil {
+		err = cmd.Start()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	done := false
+	for lines := bufio.NewScanner(stderr); lines.Scan(); {
+		fmt.Fprintln(&errs, lines.Text())
+		if !done && strings.Contains(lines.Text(), after) {
+			disturb(cmd.Process.Pid)
+			done = true
+		}
+	}
+	_ = cmd.Wait()
+	return out.String() + errs.String(), cmd.ProcessState.ExitCode()
+}
+
+func TestProvePods(t *testing.T) {
+	plain := Evidence{Payload: 1000, TCP: 1000, Connection: 5}
+	accelerated := func(redirected, passed, tcp, ends uint64) Evidence {
+		return Evidence{Payload: 100000, TCP: tcp, Connection: 100, Counters: counted(
+			map[string]uint64{redirectedLabel: redirected, passedLabel: passed}, map[string]uint64{enrolledLabel: ends})}
+	}
+	for _, c := range []struct {
+		name   string
+		test   Test
+		plain  Evidence
+		with   Evidence
+		want   Proof
+		reason string
+	}{
+		{"all redirected", RequestResponse, plain, accelerated(100000, 0, 0, 200), Proven, ""},
+		{"a full receiver", Stream, plain, accelerated(80000, 20000, 20000, 200), Overflow, ""},
+		{"passed without need", RequestResponse, plain, accelerated(80000, 20000, 20000, 200), Failed, "20000 passed"},
+		{"mostly passed", Stream, plain, accelerated(40000, 60000, 60000, 200), Failed, "60000 passed"},
+		{"unexplained", Stream, plain, accelerated(80000, 10000, 20000, 200), Failed, "20000 went by TCP"},
+		{"counted, but went by TCP", Stream, plain, accelerated(100000, 0, 50000, 200), Failed, "50000 went by TCP"},
+		{"not enrolled", RequestResponse, plain, accelerated(100000, 0, 0, 190), Failed, "190 were enrolled"},
+		{"nothing sent", Stream, plain, Evidence{}, Failed, "nothing was sent"},
+		{"plain was enrolled", Stream, Evidence{Payload: 1, TCP: 1, Counters: counted(nil, map[string]uint64{enrolledLabel: 2})}, accelerated(100000, 0, 0, 200), Failed, "plain runs"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			got, reason := provePods(Point{Test: c.test}, &c.plain, &c.with)
+			if got != c.want || !strings.Contains(reason, c.reason) || (reason != "") != (got == Failed) {
+				t.Errorf("%s (%s), want %s (%s)", got, reason, c.want, c.reason)
+			}
+		})
+	}
+}
+
+// TestKilledPrivate: what a killed bench with a private node leaves, the next removes.
+func TestKilledPrivate(t *testing.T) {
+	node.Need(t)
+	args := []string{"--quick", "--tests=rr", "--paths=pod", "--cni-path=" + node.ProgramDir()}
+	cmd := program(args...)
+	stderr, err := cmd.StderrPipe()
+	if err == nil {
+		err = cmd.Start()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	for lines := bufio.NewScanner(stderr); lines.Scan(); {
+		if strings.Contains(lines.Text(), "data verified") {
+			if err := cmd.Process.Kill(); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	_ = cmd.Wait()
+	if out, err := program(args...).CombinedOutput(); err != nil {
+		t.Errorf("the next: %v\n%s", err, out)
+	}
+	nothingLeft(t)
+}
+
+// TestWithoutPlugins: netlink makes what bridge and host-local would.
+func TestWithoutPlugins(t *testing.T) {
+	node.Need(t)
+	file := filepath.Join(t.TempDir(), "result.json")
+	cmd := program("--quick", "--tests=rr", "--sizes=64", "--cni-path="+t.TempDir(), "--json="+file)
+	out, err := cmd.CombinedOutput()
+	if err == nil || cmd.ProcessState.ExitCode() != ExitUsage {
+		t.Errorf("a selection without points: %v\n%s", err, out)
+	}
+	cmd = program("--tests=rr", "--paths=ipv6,service", "--placements=same-cpu", "--cni-path="+t.TempDir(), "--json="+file)
+	if out, err = cmd.CombinedOutput(); err != nil || !bytes.Contains(out, []byte("making veth and bridge by netlink")) {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	nothingLeft(t)
+	var r Report
+	content, err := os.ReadFile(file)
+	if err == nil {
+		err = json.Unmarshal(content, &r)
+	}
+	if err != nil || !r.Proven() || !strings.Contains(r.Header.Network, "netlink") || len(r.Header.LeftOut) > 0 {
+		t.Errorf("%v, %+v", err, r.Header)
+	}
+}

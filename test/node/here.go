@@ -1,0 +1,174 @@
+package node
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/containernetworking/cni/libcni"
+	"golang.org/x/sys/unix"
+)
+
+// HereOptions describe what [Here] works with.
+type HereOptions struct {
+	Dir        string   // has a directory for each caller; made if missing
+	CgroupRoot string   // the cgroup2 mount
+	PluginDirs []string // where CNI plugins are
+	Log        io.Writer
+}
+
+// Here returns this machine as a node, for pods beside those that it has: they are
+// made in this process's namespaces by whatever conflist. The node has a directory and a
+// cgroup of its own, and a record of each attachment, from which [SweepHere] deletes what
+// a killed caller left. Close removes its pods, its directory and its cgroup, and
+// nothing else: BPFFS, RunDir and NetNS are not set.
+//
+// The error wraps [ErrPrivilege] if the caller lacks the right.
+func Here(ctx context.Context, o HereOptions) (*Node, error) {
+	if os.Geteuid() != 0 {
+		return nil, ErrPrivilege
+	}
+	if err := SweepHere(ctx, o); err != nil {
+		return nil, err
+	}
+	if err := os.MkdirAll(o.Dir, 0o700); err != nil {
+		return nil, fmt.Errorf("make a directory for pods: %w", err)
+	}
+	cgroup, cgroupLock, err := lockedDir(o.CgroupRoot)
+	if err != nil {
+		return nil, err
+	}
+	dir, dirLock, err := lockedDir(o.Dir)
+	if err != nil {
+		return nil, errors.Join(err, os.Remove(cgroup), cgroupLock.Close())
+	}
+	n := &Node{
+		Name: filepath.Base(dir), Dir: dir, CgroupRoot: cgroup,
+		CacheDir: filepath.Join(dir, "cache"), pluginDirs: o.PluginDirs, log: o.Log,
+		ownPaths: true, journal: true, locks: []*os.File{cgroupLock, dirLock},
+		cgroups: []string{cgroup},
+	}
+	if n.log == nil {
+		n.log = io.Discard
+	}
+	if n.thread, err = newThread(func() error { return nil }); err != nil {
+		return nil, errors.Join(err, n.Close())
+	}
+	return n, nil
+}
+
+// SweepHere removes what callers of [Here] left when they were killed: attachments
+// (with DEL, so that leases and interfaces go), network namespaces, directories,
+// cgroups. What a live caller has is not touched.
+func SweepHere(ctx context.Context, o HereOptions) error {
+	err := Sweep(ctx, o.CgroupRoot)
+	if _, missing := os.Stat(o.Dir); errors.Is(missing, fs.ErrNotExist) {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, closeTimeout)
+	defer cancel()
+	return errors.Join(err, sweep(o.Dir, func(dir string) error { return sweepPods(ctx, dir, o.PluginDirs) }))
+}
+
+// sweepPods deletes the pods of a killed caller.
+func sweepPods(ctx context.Context, dir string, pluginDirs []string) error {
+	records, err := filepath.Glob(filepath.Join(dir, journalPrefix+"*"))
+	if err != nil {
+		return fmt.Errorf("sweep: %w", err)
+	}
+	cni := libcni.NewCNIConfigWithCacheDir(pluginDirs, filepath.Join(dir, "cache"), nil)
+	var failed []error
+	for _, path := range records {
+		failed = append(failed, deleteRecorded(ctx, cni, path))
+	}
+	if err := errors.Join(failed...); err != nil {
+		return err // the records stay, for another try
+	}
+	namespaces, err := filepath.Glob(filepath.Join(dir, "netns-*"))
+	if err != nil {
+		return fmt.Errorf("sweep: %w", err)
+	}
+	for _, path := range namespaces {
+		if err := removeNetNS(path); err != nil {
+			return err
+		}
+	}
+	if err := os.RemoveAll(dir); err != nil {
+		return fmt.Errorf("sweep: %w", err)
+	}
+	return nil
+}
+
+// journalPrefix begins the names of the files that record attachments.
+const journalPrefix = "attachment-"
+
+// A record is all that DEL needs.
+type record struct {
+	Conflist json.RawMessage
+	Runtime  libcni.RuntimeConf
+}
+
+func (p *Pod) recordPath(ifName string) string {
+	return filepath.Join(p.node.Dir, journalPrefix+p.ID+"-"+strings.ReplaceAll(ifName, "/", "_"))
+}
+
+// note records an attachment before ADD, so that whatever ADD has done by the time
+// the process is killed can be undone.
+func (p *Pod) note(list *libcni.NetworkConfigList, ifName string) error {
+	if !p.node.journal {
+		return nil
+	}
+	content, err := json.Marshal(record{list.Bytes, *p.RuntimeConf(ifName)})
+	if err == nil {
+		err = os.WriteFile(p.recordPath(ifName), content, 0o600)
+	}
+	if err != nil {
+		return fmt.Errorf("record an attachment: %w", err)
+	}
+	return nil
+}
+
+// forgetNote drops the record after DEL.
+func (p *Pod) forgetNote(ifName string) error {
+	if !p.node.journal {
+		return nil
+	}
+	return ignoreMissing(os.Remove(p.recordPath(ifName)))
+}
+
+func deleteRecorded(ctx context.Context, cni *libcni.CNIConfig, path string) error {
+	content, err := os.ReadFile(path)
+	if err != nil {
+		return fmt.Errorf("sweep: %w", err)
+	}
+	var r record
+	if err := json.Unmarshal(content, &r); err != nil {
+		// Written in part: the process was killed before it called ADD.
+		return os.Remove(path)
+	}
+	list, err := libcni.NetworkConfFromBytes(r.Conflist)
+	if err != nil {
+		return fmt.Errorf("sweep %s: %w", path, err)
+	}
+	if err := cni.DelNetworkList(ctx, list, &r.Runtime); err != nil {
+		return fmt.Errorf("sweep: delete a pod that was left in network %s: %w", list.Name, err)
+	}
+	return os.Remove(path)
+}
+
+// unlock lets go of the directories that [Here] holds.
+func (n *Node) unlock() error {
+	var failed []error
+	for _, lock := range n.locks {
+		_ = unix.Flock(int(lock.Fd()), unix.LOCK_UN)
+		failed = append(failed, lock.Close())
+	}
+	n.locks = nil
+	return errors.Join(failed...)
+}
