@@ -10,7 +10,7 @@ import (
 )
 
 var listening = []behaviour{
-	{name: "accept after bytes", once: true, does: "the client sends before the server accepts", run: func(c *trial) {
+	{name: "accept after bytes", once: true, notSwitched: true, does: "the client sends before the server accepts", run: func(c *trial) {
 		l := c.listen(socketOptions{})
 		defer unix.Close(l.FD)
 		near := c.dial(l, socketOptions{})
@@ -25,7 +25,7 @@ var listening = []behaviour{
 		near.read(100)
 		c.note("and back")
 	}},
-	{name: "accept after bytes and the end", once: true, does: "the client sends and closes before the server accepts", run: func(c *trial) {
+	{name: "accept after bytes and the end", once: true, notSwitched: true, does: "the client sends and closes before the server accepts", run: func(c *trial) {
 		l := c.listen(socketOptions{})
 		defer unix.Close(l.FD)
 		near := c.dial(l, socketOptions{})
@@ -38,7 +38,7 @@ var listening = []behaviour{
 		c.note("%s", far.recv(5000, 0))
 		c.note("%s", far.recv(5000, 0))
 	}},
-	{name: "accept after RST", once: true, does: "the client resets before the server accepts", quiet: true, run: func(c *trial) {
+	{name: "accept after RST", once: true, notSwitched: true, does: "the client resets before the server accepts", quiet: true, run: func(c *trial) {
 		l := c.listen(socketOptions{})
 		defer unix.Close(l.FD)
 		near := c.dial(l, socketOptions{})
@@ -49,7 +49,7 @@ var listening = []behaviour{
 		far.await(unix.POLLERR | unix.POLLHUP)
 		c.note("%s", far.recv(1, 0))
 	}},
-	{name: "accept4's flags", once: true, does: "the accepted socket is blocking or not as accept4(2) says, whatever the listener is", run: func(c *trial) {
+	{name: "accept4's flags", once: true, notSwitched: true, does: "the accepted socket is blocking or not as accept4(2) says, whatever the listener is", run: func(c *trial) {
 		l := c.listen(socketOptions{})
 		defer unix.Close(l.FD)
 		near := c.dial(l, socketOptions{})
@@ -60,7 +60,7 @@ var listening = []behaviour{
 		near.write(10)
 		c.note("%s", k.result())
 	}},
-	{name: "listener closes with a connection waiting", once: true, does: "the client of a connection that was never accepted is reset", quiet: true, run: func(c *trial) {
+	{name: "listener closes with a connection waiting", once: true, notSwitched: true, does: "the client of a connection that was never accepted is reset", quiet: true, run: func(c *trial) {
 		l := c.listen(socketOptions{})
 		near := c.dial(l, socketOptions{})
 		c.acceptable(l)
@@ -68,7 +68,7 @@ var listening = []behaviour{
 		near.await(unix.POLLERR | unix.POLLRDHUP)
 		c.note("%s", near.recv(1, 0))
 	}},
-	{name: "listener closes after accept", once: true, does: "accepted connections go on", run: func(c *trial) {
+	{name: "listener closes after accept", once: true, notSwitched: true, does: "accepted connections go on", run: func(c *trial) {
 		l := c.listen(socketOptions{})
 		near, far := c.connect(l, socketOptions{})
 		unix.Close(l.FD)
@@ -76,7 +76,7 @@ var listening = []behaviour{
 		far.warm()
 		c.note("goes on")
 	}},
-	{name: "listen backlog full", once: true, does: "with a backlog of 1 two clients get in, the third when there is room; all can talk", run: func(c *trial) {
+	{name: "listen backlog full", once: true, notSwitched: true, does: "with a backlog of 1 two clients get in, the third when there is room; all can talk", run: func(c *trial) {
 		l := c.listen(socketOptions{backlog: 1})
 		defer unix.Close(l.FD)
 		var clients []*end
@@ -115,7 +115,7 @@ var listening = []behaviour{
 		}
 		c.note("all three talk")
 	}},
-	{name: "SO_REUSEPORT", once: true, does: "two listeners on one port, 40 clients: each is served by one of the two", run: func(c *trial) {
+	{name: "SO_REUSEPORT", once: true, notSwitched: true, does: "two listeners on one port, 40 clients: each is served by one of the two", run: func(c *trial) {
 		reuse := func(fd int) error { return unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEPORT, 1) }
 		first := c.listen(socketOptions{setup: reuse})
 		defer unix.Close(first.FD)
@@ -144,7 +144,7 @@ var listening = []behaviour{
 		}
 		c.note("both serve: %t", served[0] > 0 && served[1] > 0)
 	}},
-	{name: "port reuse at once after close", once: true, does: "20 times over: a connection between the same two ports, made again as soon as it was closed", run: func(c *trial) {
+	{name: "port reuse at once after close", once: true, notSwitched: true, does: "20 times over: a connection between the same two ports, made again as soon as it was closed", run: func(c *trial) {
 		// The end that closes first keeps the port: the server, whose TIME_WAIT
 		// gives way to a client's SYN.
 		l := c.listen(socketOptions{})
@@ -173,7 +173,7 @@ var listening = []behaviour{
 		}
 		c.note("20 connections, all bytes")
 	}},
-	{name: "port reuse after RST", once: true, does: "as above, but the client resets", run: func(c *trial) {
+	{name: "port reuse after RST", once: true, notSwitched: true, does: "as above, but the client resets", run: func(c *trial) {
 		l := c.listen(socketOptions{})
 		defer unix.Close(l.FD)
 		from := 0
@@ -194,7 +194,7 @@ var listening = []behaviour{
 		}
 		c.note("20 connections, all bytes")
 	}},
-	{name: "listener again at once", once: true, does: "bind to the port of a server that has just closed its connections, with and without SO_REUSEADDR", run: func(c *trial) {
+	{name: "listener again at once", once: true, notSwitched: true, does: "bind to the port of a server that has just closed its connections, with and without SO_REUSEADDR", run: func(c *trial) {
 		l := c.listen(socketOptions{})
 		near, far := c.connect(l, socketOptions{})
 		if c.rig.role == server {
@@ -217,14 +217,14 @@ var listening = []behaviour{
 			near.warm()
 		}
 	}},
-	{name: "connection refused", once: true, notEnrolled: "no connection is made", does: "connect to a port on which nobody listens", quiet: true, run: func(c *trial) {
+	{name: "connection refused", once: true, notSwitched: true, notEnrolled: "no connection is made", does: "connect to a port on which nobody listens", quiet: true, run: func(c *trial) {
 		l := c.listen(socketOptions{})
 		unix.Close(l.FD)
 		fd := c.socket(c.rig.client, socketOptions{blocking: true})
 		defer unix.Close(fd)
 		c.note("%s", errName(unix.Connect(fd, sockaddr(l.Addr))))
 	}},
-	{name: "TCP_DEFER_ACCEPT", once: true, notEnrolled: "the client sends before the server is connected", quiet: true,
+	{name: "TCP_DEFER_ACCEPT", once: true, notSwitched: true, notEnrolled: "the client sends before the server is connected", quiet: true,
 		does: "the server accepts when the first bytes are there", run: func(c *trial) {
 			l := c.listen(socketOptions{setup: func(fd int) error {
 				return unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_DEFER_ACCEPT, 10)
@@ -239,7 +239,7 @@ var listening = []behaviour{
 			near.read(1000)
 			c.note("bytes go both ways")
 		}},
-	{name: "self-connect", once: true, notEnrolled: "a socket that is its own other end is left alone", quiet: true,
+	{name: "self-connect", once: true, notSwitched: true, notEnrolled: "a socket that is its own other end is left alone", quiet: true,
 		does: "a socket bound and connected to the same port", run: func(c *trial) {
 			fd := c.socket(c.rig.client, socketOptions{blocking: true})
 			e := &end{c: c, fd: fd}
@@ -253,7 +253,7 @@ var listening = []behaviour{
 			e.read(100)
 			c.note("its own bytes")
 		}},
-	{name: "TCP Fast Open", once: true,
+	{name: "TCP Fast Open", once: true, notSwitched: true,
 		does: "the client asks for a cookie, and sends its next first bytes with the SYN: that connection stays plain, the first does not", run: func(c *trial) {
 			for _, p := range []*pod{c.rig.client, c.rig.server} {
 				c.check(p.Do(func() error { return setSysctl("net/ipv4/tcp_fastopen", "3") }))

@@ -46,9 +46,12 @@ type mode string
 const (
 	plain       mode = "plain"
 	accelerated mode = "accelerated"
+	// switched is an accelerated connection that is switched off once it is made:
+	// its bytes go by TCP, as they also do while a receiver is full.
+	switched mode = "switched off"
 )
 
-var modes = []mode{plain, accelerated}
+var modes = []mode{plain, accelerated, switched}
 
 // A role is the end at which a behaviour is looked at.
 type role string
@@ -68,6 +71,8 @@ type rig struct {
 	client *pod
 	server *pod
 	set    *datapath.Set // nil: plain
+	// gate opens or closes the pods' gate.
+	gate func(open bool) error
 }
 
 type pod struct {
@@ -110,6 +115,18 @@ func lab(t *testing.T, lanes int) (kernel, chan []*rig) {
 func newRig(t *testing.T, n *node.Node, list *libcni.NetworkConfigList, v *verdict.Verdict, m mode, r role) *rig {
 	t.Helper()
 	g := &rig{mode: m, role: r}
+	var cgroups []uint64
+	g.gate = func(open bool) error {
+		for _, id := range cgroups {
+			err := g.set.SetPod(id, datapath.PodSettings{
+				Enabled: true, SwitchedOff: !open, UnreadLimit: 16 << 20, Accepted: v.Risks | datapath.RiskBlocking,
+			})
+			if err != nil {
+				return err
+			}
+		}
+		return nil
+	}
 	if m != plain {
 		var err error
 		g.set, err = datapath.LoadPrivate(datapath.LoadOptions{MaxConnections: maxConnections, ClaimWindow: claimWindow})
@@ -144,10 +161,9 @@ func newRig(t *testing.T, n *node.Node, list *libcni.NetworkConfigList, v *verdi
 		check(t, unix.Fstat(int(dir.Fd()), &st))
 		_, err = g.set.Attach(dir, st.Ino)
 		check(t, err)
-		check(t, g.set.SetPod(st.Ino, datapath.PodSettings{
-			Enabled: true, UnreadLimit: 16 << 20, Accepted: v.Risks | datapath.RiskBlocking,
-		}))
+		cgroups = append(cgroups, st.Ino)
 	}
+	check(t, g.gate(true))
 	return g
 }
 

@@ -16,7 +16,7 @@ import (
 )
 
 var scale = []behaviour{
-	{name: "10000 connections", once: true, does: "open at once, between four pairs of processes; bytes go both ways on each, in several rounds", run: func(c *trial) {
+	{name: "10000 connections", once: true, notSwitched: true, does: "open at once, between four pairs of processes; bytes go both ways on each, in several rounds", run: func(c *trial) {
 		const processes, each = 4, 2500 // a process may have but few descriptors
 		var clients, servers []*member
 		for range processes {
@@ -51,7 +51,7 @@ var scale = []behaviour{
 		}
 		c.note("all connected, all bytes, all closed")
 	}},
-	{name: "connect and close, 2000 times", once: true, does: "a request and its answer on each connection", run: func(c *trial) {
+	{name: "connect and close, 2000 times", once: true, notSwitched: true, does: "a request and its answer on each connection", run: func(c *trial) {
 		l := c.listen(socketOptions{})
 		defer unix.Close(l.FD)
 		for range 2000 {

@@ -20,6 +20,9 @@ What an application sees of an accelerated connection, compared with plain TCP: 
 between two pods, with the same code, at the client and at the server. The test fails if a connection that should be
 accelerated was not, if a difference is not in this table, and if a difference in this table is gone.
 
+"Switched off" is a connection that was accelerated and no longer is, after ` + "`skipstack off`" + ` or because the receiver is
+full: its sockets stay in the sockmap, and its bytes go by TCP.
+
 %d behaviours, %d of which differ, %d more on some kernels.
 `
 
@@ -28,21 +31,21 @@ func compareTable(t *testing.T, seen map[string]row) {
 	var b strings.Builder
 	differ, some, all := 0, 0, 0
 	for _, g := range groups {
-		fmt.Fprintf(&b, "\n## %s\n\n| behaviour | what is tried | result |\n| --- | --- | --- |\n", g.name)
+		fmt.Fprintf(&b, "\n## %s\n\n| behaviour | what is tried | accelerated | switched off |\n| --- | --- | --- | --- |\n", g.name)
 		for _, behaviour := range g.behaviours {
 			r, ok := seen[behaviour.name]
 			if !ok {
 				return // only a part was run
 			}
 			all++
-			result := r.result()
+			result := r.result(accelerated)
 			switch {
 			case strings.HasPrefix(result, "**differs**"):
 				differ++
 			case strings.Contains(result, "**differs**"):
 				some++
 			}
-			fmt.Fprintf(&b, "| %s | %s | %s |\n", cell(r.name), cell(r.does), cell(result))
+			fmt.Fprintf(&b, "| %s | %s | %s | %s |\n", cell(r.name), cell(r.does), cell(result), cell(r.result(switched)))
 		}
 	}
 	text := fmt.Sprintf(tableHead, all, differ, some) + b.String()
@@ -63,18 +66,31 @@ func compareTable(t *testing.T, seen map[string]row) {
 }
 
 // result is the same on every kernel: what depends on the kernel says so.
-func (r row) result() string {
+func (r row) result(m mode) string {
+	if _, tried := r.seen[m]; !tried {
+		return "not tried"
+	}
 	var parts []string
 	for _, d := range deviations {
-		if d.name != r.name {
+		if d.name != r.name || !d.in(m) {
 			continue
 		}
+		if m == switched && !d.switchedOnly {
+			if d.switched == always {
+				return "as accelerated"
+			}
+			return "as accelerated " + d.switched.text
+		}
 		where := ""
-		if d.where != nil {
-			where = " " + d.where.text
+		condition := d.where
+		if d.switchedOnly {
+			condition = d.switched
+		}
+		if condition != nil {
+			where = " " + condition.text
 		}
 		parts = append(parts, fmt.Sprintf("**differs**%s: %s. Why: %s.", where, d.differs, d.why))
-		if d.where != nil {
+		if condition != nil {
 			parts[len(parts)-1] = strings.Replace(parts[len(parts)-1], "**differs**", "same, but **differs**", 1)
 		}
 	}

@@ -20,7 +20,8 @@ import (
 type trial struct {
 	name        string
 	rig         *rig
-	connections int // that were made and can be accelerated
+	connections int  // that were made and can be accelerated
+	closed      bool // the gate, in mode switched
 
 	mu      sync.Mutex
 	notes   []string
@@ -138,6 +139,7 @@ func (c *trial) connect(l *traffic.Listener, o socketOptions) (a, b *end) {
 
 // dial connects from the client's pod.
 func (c *trial) dial(l *traffic.Listener, o socketOptions) *end {
+	c.gate(true)
 	fd := c.socket(c.rig.client, o)
 	err := retry(func() error { return unix.Connect(fd, sockaddr(l.Addr)) })
 	if err != nil && !errors.Is(err, unix.EINPROGRESS) {
@@ -198,8 +200,17 @@ func (c *trial) acceptable(l *traffic.Listener) {
 	}
 }
 
+// gate opens the pods' gate, which only connections of mode switched find closed.
+func (c *trial) gate(open bool) {
+	if c.rig.mode == switched {
+		c.closed = !open
+		c.check(c.rig.gate(open))
+	}
+}
+
 // ends puts the end that the trial looks at first.
 func (c *trial) ends(near, far *end) (a, b *end) {
+	c.gate(false)
 	near.peer, far.peer = far, near
 	if c.rig.role == server {
 		return far, near

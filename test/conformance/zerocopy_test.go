@@ -158,8 +158,10 @@ var zeroCopies = []behaviour{
 			length := uint32(unsafe.Sizeof(z))
 			_, _, errno := unix.Syscall6(unix.SYS_GETSOCKOPT, uintptr(a.fd), unix.IPPROTO_TCP, tcpZerocopyReceive,
 				uintptr(unsafe.Pointer(&z)), uintptr(unsafe.Pointer(&length)), 0)
-			c.note("%s: %d mapped, %d copied", rawOutcome(0, errno), z.length, z.copyLen)
-			if z.copyLen > 0 {
+			if errno != 0 {
+				c.note("%s", errName(errno))
+			} else {
+				c.note("%d mapped, %d copied", z.length, z.copyLen)
 				a.took(buf[:z.copyLen], false)
 			}
 		}
