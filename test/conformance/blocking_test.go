@@ -185,6 +185,24 @@ var blockings = []behaviour{
 		b.reset()
 		c.note("%s", k.result())
 	}},
+	{name: "receiver in a page fault", does: "a thread in recv waits for a page of its buffer (userfaultfd, but also NFS or FUSE); the other end's non-blocking send", run: func(c *trial) {
+		a, b := c.pair()
+		a.warm()
+		page, resolve := c.absentPage()
+		a.deliver(10)
+		reader := c.start(unix.SYS_RECVFROM, func() string {
+			n, _, errno := unix.Syscall6(unix.SYS_RECVFROM, uintptr(b.fd), page, 10, 0, 0, 0)
+			return rawOutcome(n, errno)
+		})
+		reader.mustBlock()
+		writer := c.start(unix.SYS_SENDMSG, func() string { return a.send(10, unix.MSG_DONTWAIT) })
+		c.note("waits: %t", writer.blocked())
+		resolve()
+		c.note("%s", writer.result())
+		c.note("%s", reader.result())
+		b.got += 10
+		b.read(10)
+	}},
 	{name: "RST while send waits", does: "the other end resets", run: func(c *trial) {
 		a, b := c.blockingPair()
 		a.fill()
@@ -203,6 +221,31 @@ func plainRecv(fd int) string {
 func (e *end) timeout(option int, d time.Duration) {
 	tv := unix.NsecToTimeval(d.Nanoseconds())
 	e.c.check(unix.SetsockoptTimeval(e.fd, unix.SOL_SOCKET, option, &tv))
+}
+
+// absentPage maps a page that is there only once resolve is called.
+func (c *trial) absentPage() (page uintptr, resolve func()) {
+	fd, _, errno := unix.Syscall(unix.SYS_USERFAULTFD, unix.O_CLOEXEC, 0, 0)
+	if errno != 0 {
+		c.fatalf("userfaultfd: %w", errno)
+	}
+	c.later(func() { unix.Close(int(fd)) })
+	addr, err := unix.MmapPtr(-1, 0, nil, pageSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+	c.check(err)
+	c.later(func() { _ = unix.MunmapPtr(addr, pageSize) })
+	page = uintptr(addr)
+	const (
+		uffdioAPI, uffdioRegister, uffdioZeropage = 0xc018aa3f, 0xc020aa00, 0xc020aa04
+		uffdAPI, missing                          = 0xaa, 1
+	)
+	ioctl := func(request uintptr, arg []uint64) {
+		if _, _, errno := unix.Syscall(unix.SYS_IOCTL, fd, request, uintptr(unsafe.Pointer(&arg[0]))); errno != 0 {
+			c.fatalf("userfaultfd: %w", errno)
+		}
+	}
+	ioctl(uffdioAPI, []uint64{uffdAPI, 0, 0})
+	ioctl(uffdioRegister, []uint64{uint64(page), uint64(pageSize), missing, 0})
+	return page, func() { ioctl(uffdioZeropage, []uint64{uint64(page), uint64(pageSize), 0, 0}) }
 }
 
 // The signals of the test: Go's own handler, which does nothing but count, with

@@ -285,6 +285,16 @@ var deviations = []deviation{
 		switched: always,
 	},
 	{
+		name:    "receiver in a page fault",
+		differs: "the sender waits until the page is there, even if it must not",
+		why:     "`bpf_tcp_ingress()` takes the receiver's `lock_sock()`, which the receiver holds; segments would wait in its backlog",
+	},
+	{
+		name:    "interface counters",
+		differs: "redirected bytes are not on the interface: tcpdump(8), accounting and conntrack do not see them",
+		why:     noSegments,
+	},
+	{
 		name:    "packet filters",
 		differs: "redirected bytes arrive: filters, policers and traffic control in the network see connections begin and end, but none of their bytes",
 		why:     noSegments,

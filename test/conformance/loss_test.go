@@ -3,7 +3,10 @@ package conformance
 import (
 	"time"
 
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/skipstack/skipstack/test/node"
 )
 
 var losses = []behaviour{
@@ -60,6 +63,28 @@ var losses = []behaviour{
 		a.read(10)
 		c.note("without the filter they do")
 	}},
+	{name: "interface counters", does: "1 MB is sent: do the counters of the pod's interface, which captures and accounting rest on, rise by as much?", run: func(c *trial) {
+		a, b := c.pair()
+		a.warm()
+		before := c.transmitted(a)
+		for range 50 {
+			a.write(20_000)
+			b.read(20_000)
+		}
+		c.note("%t", c.transmitted(a)-before >= 1_000_000)
+	}},
+}
+
+// transmitted is how many bytes the interface of the end's pod has sent.
+func (c *trial) transmitted(e *end) (n uint64) {
+	c.check(c.pod(e).Do(func() error {
+		link, err := netlink.LinkByName(node.IfName)
+		if err == nil {
+			n = link.Attrs().Statistics.TxBytes
+		}
+		return err
+	}))
+	return n
 }
 
 // drop makes a pod lose that share of the TCP segments that arrive at it, in

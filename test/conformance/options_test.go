@@ -164,14 +164,14 @@ func kTLS(c *trial) {
 func tls(c *trial, a *end) {
 	const solTLS, tlsTX, tlsRX = 282, 1, 2
 	b := a.peer
-	for _, e := range []*end{a, b} {
+	for i, e := range []*end{a, b} {
 		if err := unix.SetsockoptString(e.fd, unix.IPPROTO_TCP, unix.TCP_ULP, "tls"); err != nil {
 			c.note("TCP_ULP: %s", errName(err))
 			return
 		}
 		for _, dir := range []int{tlsTX, tlsRX} {
 			if err := unix.SetsockoptString(e.fd, solTLS, dir, string(tlsKeys)); err != nil {
-				c.note("keys: %s", errName(err))
+				c.note("keys of end %d, direction %d: %s", i, dir, errName(err))
 				return
 			}
 		}

@@ -22,6 +22,7 @@ type trial struct {
 	rig         *rig
 	connections int  // that were made and can be accelerated
 	closed      bool // the gate, in mode switched
+	disturbed   bool // by a shortage of memory
 
 	mu      sync.Mutex
 	notes   []string
@@ -374,8 +375,36 @@ func (e *end) await(events int16) {
 	got, err := traffic.Poll(e.fd, events, patience)
 	e.c.check(err)
 	if got == 0 {
-		e.c.fatalf("poll says nothing of %s", eventNames(events))
+		e.c.fatalf("poll says nothing of %s at %s", eventNames(events), e.state())
 	}
+}
+
+// state describes both ends for whoever has to find out why they do not go on.
+func (e *end) state() string {
+	var s []string
+	for _, e := range []*end{e, e.peer} {
+		if e == nil || e.closed {
+			s = append(s, "(closed)")
+			continue
+		}
+		info, err := unix.GetsockoptTCPInfo(e.fd, unix.IPPROTO_TCP, unix.TCP_INFO)
+		if err != nil {
+			s = append(s, err.Error())
+			continue
+		}
+		s = append(s, fmt.Sprintf("(sent %d, got %d; poll %s, to read %s, to send %s, not sent %s, charged %d; state %d, unacknowledged %d, "+
+			"lost %d, probes %d, backoff %d, retransmitted %d, received %d bytes by TCP, sent %d, window here %d, there %d)",
+			e.sent, e.got, e.poll(allEvents), e.ioctl(unix.TIOCINQ), e.ioctl(unix.TIOCOUTQ), e.ioctl(siocOutQNSD), e.meminfo(), info.State,
+			info.Unacked, info.Lost, info.Probes, info.Backoff, info.Total_retrans, info.Bytes_received, info.Bytes_sent, info.Rcv_wnd, info.Snd_wnd))
+	}
+	out := strings.Join(s, ", ")
+	if e.c.rig.set != nil {
+		n, err := e.c.rig.set.Counters()
+		if err == nil {
+			out += "; counted so far: " + nonZero(n)
+		}
+	}
+	return out
 }
 
 // poll is what poll(2) says at once.
@@ -538,13 +567,13 @@ func (k *call) blocked() bool {
 			return true
 		}
 		stat, err := os.ReadFile(task + "stat")
-		if err != nil {
+		if err != nil || len(stat) == 0 {
 			return false
 		}
 		// proc_pid_stat(5): the state follows the name in parentheses.
 		_, after, _ := strings.Cut(string(stat), ") ")
 		nr, err := os.ReadFile(task + "syscall")
-		asleep = err == nil && strings.HasPrefix(after, "S") && strings.HasPrefix(string(nr), strconv.Itoa(k.nr)+" ")
+		asleep = err == nil && (after[0] == 'S' || after[0] == 'D') && strings.HasPrefix(string(nr), strconv.Itoa(k.nr)+" ")
 		return asleep
 	})
 	return asleep

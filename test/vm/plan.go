@@ -56,7 +56,6 @@ const programDir = "/programs"
 var modules = []string{
 	"veth", "tun", "bridge", "br_netfilter", "overlay",
 	"nf_tables", "nft_chain_nat", "nft_nat", "nft_masq", "nft_redir", "nft_ct", "nft_reject_inet", "nft_fib_inet", "nft_numgen",
-	"tls",
 }
 
 const (
@@ -81,8 +80,6 @@ func on(level verdict.Level, risks datapath.Risk) []suite {
 		{pkg: "plugin/verdict", timeout: 5 * time.Minute,
 			skip: "^(TestJudge|TestHangingProbe|TestEveryProbeHangs)$", scaled: "imitated kernel faults: nothing of them depends on the kernel"},
 		{pkg: "test/datapath", timeout: 25 * time.Minute},
-		{pkg: "test/conformance", timeout: 15 * time.Minute,
-			skip: "^TestConformance$/^Streams$/^4_GiB_and_more$", scaled: "17 GB take too long where every instruction is emulated"},
 	}
 }
 
