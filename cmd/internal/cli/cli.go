@@ -67,7 +67,7 @@ func Run(ctx context.Context, args []string, s Streams, deps plugin.Deps, extra 
 	root.SetIn(s.In)
 	root.SetOut(s.Out)
 	root.SetErr(s.Err)
-	root.AddCommand(c.load(), c.unload(), c.on(), c.off(), c.status(), c.connections(), c.install(), c.uninstall(), c.doctor(), c.version(), c.man(), c.probe())
+	root.AddCommand(c.load(), c.unload(), c.on(), c.off(), c.status(), c.connections(), c.install(), c.uninstall(), c.agent(), c.doctor(), c.version(), c.man(), c.probe())
 	root.AddCommand(extra...)
 	for _, cmd := range root.Commands() {
 		c.complete(cmd)

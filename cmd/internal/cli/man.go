@@ -101,6 +101,8 @@ func (c *cli) complete(cmd *cobra.Command) {
 		"mode":         values("auto", "on", "off"),
 		"accept-risks": values("splice", "fionread", "epoll", "uncharged", "blocking"),
 		"timeout":      values("1m", "10m", "1h", "0"),
+		"log-level":    values("debug", "info", "warn", "error"),
+		"log-format":   values("json", "text"),
 		"pod":          c.completePods,
 		"config": func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
 			return []string{"conflist", "json", "conf"}, cobra.ShellCompDirectiveFilterFileExt
