@@ -57,6 +57,7 @@ type LoadedReport struct {
 	SwitchedOff    bool                      `json:"switchedOff"`
 	Risks          []string                  `json:"risks"`
 	Funnel         bool                      `json:"funnel"`
+	Guard          datapath.Guard            `json:"guard"` // of splice(2), attached while pods are; "" for none
 	Maps           map[string]datapath.Usage `json:"maps"`
 }
 
@@ -207,6 +208,7 @@ func loadedReport(o *datapath.Observation) *LoadedReport {
 		SwitchedOff:    o.Node.SwitchedOff,
 		Risks:          o.Node.Risks.Names(),
 		Funnel:         o.Node.Funnel,
+		Guard:          o.Node.Guard,
 		Maps:           map[string]datapath.Usage{"socks": o.Sockets, "pods": o.Attached},
 	}
 }

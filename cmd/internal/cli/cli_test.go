@@ -481,3 +481,21 @@ func TestSize(t *testing.T) {
 		}
 	}
 }
+
+// The gate in one line: who gets through, and what guards them.
+func TestGate(t *testing.T) {
+	for want, l := range map[string]plugin.LoadedReport{
+		"closed: the kernel has not been probed, or is not supported": {},
+		"switched off (`skipstack on` switches it on)":                {Open: true, SwitchedOff: true},
+		"open": {Open: true},
+		"open, to pods that accept splice, epoll": {Open: true, Risks: []string{"splice", "epoll"}},
+		"open, splice(2) guarded by lsm":          {Open: true, Guard: datapath.GuardLSM},
+		"open, to pods that accept fionread, splice(2) guarded by fmod_ret": {
+			Open: true, Risks: []string{"fionread"}, Guard: datapath.GuardFmodRet,
+		},
+	} {
+		if got := gate(&l); got != want {
+			t.Errorf("%q, want %q", got, want)
+		}
+	}
+}

@@ -129,6 +129,9 @@ func gate(l *plugin.LoadedReport) string {
 	case l.SwitchedOff:
 		return "switched off (`skipstack on` switches it on)"
 	}
+	if l.Guard != datapath.NoGuard {
+		risks += ", splice(2) guarded by " + string(l.Guard)
+	}
 	return "open" + risks
 }
 
