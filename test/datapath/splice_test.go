@@ -23,23 +23,23 @@ import (
 	"github.com/skipstack/skipstack/test/node"
 )
 
-// guarded is a test without a splice guard, and with each form of it.
-func guarded(t *testing.T, f func(t *testing.T, l *lab, guard datapath.Guard)) {
-	node.Need(t)
+// guarded is a test without a splice guard, and with each form of it, in one lab.
+func guarded(t *testing.T, f func(l *lab) func(t *testing.T, guard datapath.Guard)) {
+	// Nobody here is to be refused for being late.
+	l := newLab(t, datapath.NodeSettings{}, datapath.LoadOptions{ClaimWindow: time.Minute})
+	test := f(l)
 	for _, guard := range append([]datapath.Guard{datapath.NoGuard}, datapath.Guards()...) {
 		name := string(guard)
 		if guard == datapath.NoGuard {
 			name = "no guard"
 		}
 		t.Run(name, func(t *testing.T) {
-			// Nobody here is to be refused for being late.
-			l := newLab(t, datapath.NodeSettings{}, datapath.LoadOptions{ClaimWindow: time.Minute})
 			err := l.set.SetNode(datapath.NodeSettings{Open: true, Guard: guard})
 			if errors.Is(err, datapath.ErrGuard) && errors.Is(err, unix.EPERM) {
 				t.Skipf("needs a kernel that permits it: %v", err)
 			}
 			check(t, err)
-			f(t, l, guard)
+			test(t, guard)
 		})
 	}
 }
@@ -102,65 +102,69 @@ func compat(call string) func(*testing.T, int, int, int) (int, error) {
 // ones. With a guard it says so, at once; sockets that are not enrolled are left
 // alone, and so are other ways of reading.
 func TestSpliceIsRefused(t *testing.T) {
-	guarded(t, func(t *testing.T, l *lab, guard datapath.Guard) {
+	guarded(t, func(l *lab) func(*testing.T, datapath.Guard) {
 		client, server := l.pod("client", enabled), l.pod("server", enabled)
 		plain := l.plainPod("plain")
-		before := l.counters()
-		a, b := client.pair(t, server.listen(t, server.at(false, 0), traffic.SocketOptions{}), traffic.SocketOptions{})
-		c, d := plain.pair(t, server.listen(t, server.at(false, 0), traffic.SocketOptions{}), traffic.SocketOptions{})
-		if n := l.counters().Since(before).Connections["enrolled"]; n != 1 {
-			t.Fatalf("%d connections are enrolled, want 1", n)
-		}
-		msg := []byte("some bytes")
-		want := error(unix.EAGAIN) // as if nothing had come
-		if guard != datapath.NoGuard {
-			want = unix.EINVAL
-		}
-		for _, m := range movers {
-			t.Run(m.name, func(t *testing.T) {
-				for _, way := range [][2]*traffic.Conn{{a, b}, {b, a}} {
-					_, w := pipe(t)
-					must(way[0].Write(msg))(t)
-					if n, err := m.move(t, way[1].FD, w, len(msg)); n > 0 || err != want {
-						t.Errorf("%d, %v; want %v", n, err, want)
-					}
-					wantBytes(t, way[1], msg)
+		return func(t *testing.T, guard datapath.Guard) { spliceIsRefused(t, l, client, server, plain, guard) }
+	})
+}
+
+func spliceIsRefused(t *testing.T, l *lab, client, server, plain *pod, guard datapath.Guard) {
+	before := l.counters()
+	a, b := client.pair(t, server.listen(t, server.at(false, 0), traffic.SocketOptions{}), traffic.SocketOptions{})
+	c, d := plain.pair(t, server.listen(t, server.at(false, 0), traffic.SocketOptions{}), traffic.SocketOptions{})
+	if n := l.counters().Since(before).Connections["enrolled"]; n != 1 {
+		t.Fatalf("%d connections are enrolled, want 1", n)
+	}
+	msg := []byte("some bytes")
+	want := error(unix.EAGAIN) // as if nothing had come
+	if guard != datapath.NoGuard {
+		want = unix.EINVAL
+	}
+	for _, m := range movers {
+		t.Run(m.name, func(t *testing.T) {
+			for _, way := range [][2]*traffic.Conn{{a, b}, {b, a}} {
+				_, w := pipe(t)
+				must(way[0].Write(msg))(t)
+				if n, err := m.move(t, way[1].FD, w, len(msg)); n > 0 || err != want {
+					t.Errorf("%d, %v; want %v", n, err, want)
 				}
-				r, w := pipe(t)
-				must(c.Write(msg))(t)
-				must(traffic.Poll(d.FD, unix.POLLIN, patience))(t)
-				n, err := m.move(t, d.FD, w, len(msg))
-				if n != len(msg) || err != nil {
-					t.Fatalf("from a socket that is not enrolled: %d, %v", n, err)
-				}
-				wantBytes(t, r, msg)
-			})
+				wantBytes(t, way[1], msg)
+			}
+			r, w := pipe(t)
+			must(c.Write(msg))(t)
+			must(traffic.Poll(d.FD, unix.POLLIN, patience))(t)
+			n, err := m.move(t, d.FD, w, len(msg))
+			if n != len(msg) || err != nil {
+				t.Fatalf("from a socket that is not enrolled: %d, %v", n, err)
+			}
+			wantBytes(t, r, msg)
+		})
+	}
+	t.Run("io_uring read", func(t *testing.T) {
+		must(a.Write(msg))(t)
+		buf := make([]byte, len(msg))
+		n, err := uring(t, sqe{opcode: opRead, flags: forceAsync, fd: int32(b.FD), off: ^uint64(0), buf: buf, len: uint32(len(buf))})
+		if n != len(msg) || err != nil || !bytes.Equal(buf, msg) {
+			t.Errorf("%d, %v, %q", n, err, buf)
 		}
-		t.Run("io_uring read", func(t *testing.T) {
-			must(a.Write(msg))(t)
-			buf := make([]byte, len(msg))
-			n, err := uring(t, sqe{opcode: opRead, flags: forceAsync, fd: int32(b.FD), off: ^uint64(0), buf: buf, len: uint32(len(buf))})
-			if n != len(msg) || err != nil || !bytes.Equal(buf, msg) {
-				t.Errorf("%d, %v, %q", n, err, buf)
-			}
-		})
-		t.Run("to the socket", func(t *testing.T) {
-			r, w := pipe(t)
-			must(w0(w).Write(msg))(t)
-			if n, err := unix.Splice(int(r.Fd()), nil, a.FD, nil, len(msg), 0); int(n) != len(msg) || err != nil {
-				t.Fatalf("%d, %v", n, err)
-			}
-			wantBytes(t, b, msg)
-		})
-		t.Run("tee", func(t *testing.T) {
-			r, w := pipe(t)
-			r2, w2 := pipe(t)
-			must(w0(w).Write(msg))(t)
-			if n, err := unix.Tee(int(r.Fd()), w2, len(msg), 0); int(n) != len(msg) || err != nil {
-				t.Fatalf("%d, %v", n, err)
-			}
-			wantBytes(t, r2, msg)
-		})
+	})
+	t.Run("to the socket", func(t *testing.T) {
+		r, w := pipe(t)
+		must(w0(w).Write(msg))(t)
+		if n, err := unix.Splice(int(r.Fd()), nil, a.FD, nil, len(msg), 0); int(n) != len(msg) || err != nil {
+			t.Fatalf("%d, %v", n, err)
+		}
+		wantBytes(t, b, msg)
+	})
+	t.Run("tee", func(t *testing.T) {
+		r, w := pipe(t)
+		r2, w2 := pipe(t)
+		must(w0(w).Write(msg))(t)
+		if n, err := unix.Tee(int(r.Fd()), w2, len(msg), 0); int(n) != len(msg) || err != nil {
+			t.Fatalf("%d, %v", n, err)
+		}
+		wantBytes(t, r2, msg)
 	})
 }
 
@@ -204,53 +208,57 @@ const (
 // A Go proxy moves bytes with splice(2) unless that is refused. Without a guard
 // nothing gets through. Both proxies are between accelerated connections.
 func TestGoProxies(t *testing.T) {
-	guarded(t, func(t *testing.T, l *lab, guard datapath.Guard) {
+	guarded(t, func(l *lab) func(*testing.T, datapath.Guard) {
 		client, proxy, server := l.pod("client", enabled), l.pod("proxy", enabled), l.pod("server", enabled)
-		front := proxy.listen(t, proxy.at(false, 0), traffic.SocketOptions{})
-		back := server.listen(t, server.at(false, 0), traffic.SocketOptions{})
-		for name, connect := range map[string]func(*testing.T) (a, b *net.TCPConn){
-			"L4": func(t *testing.T) (a, b *net.TCPConn) {
-				a1, p1 := client.pair(t, front, traffic.SocketOptions{})
-				p2, b1 := proxy.pair(t, back, traffic.SocketOptions{})
-				go traffic.Join(goConn(t, p1), goConn(t, p2))
-				return goConn(t, a1), goConn(t, b1)
-			},
-			"CONNECT": func(t *testing.T) (a, b *net.TCPConn) { return connectProxy(t, client, proxy, front, back) },
-		} {
-			t.Run(name, func(t *testing.T) {
-				before := l.counters()
-				a, b := connect(t)
-				if n := l.counters().Since(before).Connections["enrolled"]; n != 2 {
-					t.Fatalf("%d connections are enrolled, want 2", n)
-				}
-				wait := splicePatience
-				if guard == datapath.NoGuard {
-					wait = spliceWatch
-				}
-				err := errors.Join(a.SetDeadline(time.Now().Add(wait)), b.SetDeadline(time.Now().Add(wait)))
-				check(t, err)
-				content := make([]byte, 1<<20)
-				rand.Read(content)
-				err = errors.Join(traffic.Relayed(a, b, content), traffic.Relayed(b, a, content))
-				if guard == datapath.NoGuard {
-					if !errors.Is(err, os.ErrDeadlineExceeded) {
-						t.Errorf("without a guard the proxy should hang: %v", err)
-					}
-					return
-				}
-				check(t, err)
-				check(t, errors.Join(a.CloseWrite(), b.CloseWrite()))
-				for _, c := range []*net.TCPConn{a, b} {
-					if n, err := c.Read(make([]byte, 1)); n != 0 || err != io.EOF {
-						t.Errorf("%d, %v, want the end of the stream", n, err)
-					}
-				}
-				if m := l.counters().Since(before).Messages["redirected"]; m.Bytes < 1<<20 {
-					t.Errorf("only %d bytes were redirected", m.Bytes)
-				}
-			})
-		}
+		return func(t *testing.T, guard datapath.Guard) { goProxies(t, l, client, proxy, server, guard) }
 	})
+}
+
+func goProxies(t *testing.T, l *lab, client, proxy, server *pod, guard datapath.Guard) {
+	front := proxy.listen(t, proxy.at(false, 0), traffic.SocketOptions{})
+	back := server.listen(t, server.at(false, 0), traffic.SocketOptions{})
+	for name, connect := range map[string]func(*testing.T) (a, b *net.TCPConn){
+		"L4": func(t *testing.T) (a, b *net.TCPConn) {
+			a1, p1 := client.pair(t, front, traffic.SocketOptions{})
+			p2, b1 := proxy.pair(t, back, traffic.SocketOptions{})
+			go traffic.Join(goConn(t, p1), goConn(t, p2))
+			return goConn(t, a1), goConn(t, b1)
+		},
+		"CONNECT": func(t *testing.T) (a, b *net.TCPConn) { return connectProxy(t, client, proxy, front, back) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			before := l.counters()
+			a, b := connect(t)
+			if n := l.counters().Since(before).Connections["enrolled"]; n != 2 {
+				t.Fatalf("%d connections are enrolled, want 2", n)
+			}
+			wait := splicePatience
+			if guard == datapath.NoGuard {
+				wait = spliceWatch
+			}
+			err := errors.Join(a.SetDeadline(time.Now().Add(wait)), b.SetDeadline(time.Now().Add(wait)))
+			check(t, err)
+			content := make([]byte, 1<<20)
+			rand.Read(content)
+			err = errors.Join(traffic.Relayed(a, b, content), traffic.Relayed(b, a, content))
+			if guard == datapath.NoGuard {
+				if !errors.Is(err, os.ErrDeadlineExceeded) {
+					t.Errorf("without a guard the proxy should hang: %v", err)
+				}
+				return
+			}
+			check(t, err)
+			check(t, errors.Join(a.CloseWrite(), b.CloseWrite()))
+			for _, c := range []*net.TCPConn{a, b} {
+				if n, err := c.Read(make([]byte, 1)); n != 0 || err != io.EOF {
+					t.Errorf("%d, %v, want the end of the stream", n, err)
+				}
+			}
+			if m := l.counters().Since(before).Messages["redirected"]; m.Bytes < 1<<20 {
+				t.Errorf("only %d bytes were redirected", m.Bytes)
+			}
+		})
+	}
 }
 
 // connectProxy connects the client to the listener at the back by way of an HTTP
