@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/cilium/ebpf"
@@ -126,17 +127,23 @@ func (s *Set) SetNode(n NodeSettings) error {
 	if err != nil {
 		return err
 	}
-	if n.Guard != NoGuard {
+	// Killed in between, it must leave a gate that is closed, or knows of the risk.
+	steps := []func() error{
+		func() error { return g.want(n.Guard, prog) },
+		func() error { return s.writeNode(n) },
+	}
+	if n.Guard == NoGuard {
+		slices.Reverse(steps)
+	} else {
 		n.Risks &^= RiskSplice
 		if running == 0 {
 			n.Risks |= RiskSplice // until settle has attached it
 		}
 	}
-	if err := s.writeNode(n); err != nil {
-		return err
-	}
-	if err := g.want(n.Guard, prog); err != nil {
-		return err
+	for _, step := range steps {
+		if err := step(); err != nil {
+			return err
+		}
 	}
 	if err := g.settle(false); err != nil {
 		return err
