@@ -76,10 +76,12 @@ func on(level verdict.Level, risks datapath.Risk) []suite {
 	return []suite{
 		loads,
 		judged(level, risks),
-		{pkg: "plugin/datapath", timeout: 5 * time.Minute},
+		{pkg: "plugin/datapath", timeout: 20 * time.Minute},
 		{pkg: "plugin/verdict", timeout: 5 * time.Minute,
 			skip: "^(TestJudge|TestHangingProbe|TestEveryProbeHangs)$", scaled: "imitated kernel faults: nothing of them depends on the kernel"},
 		{pkg: "test/datapath", timeout: 25 * time.Minute},
+		{pkg: "test/cni", timeout: 10 * time.Minute,
+			only: "^TestSpliceGuard$", scaled: "what needs a kernel that permits the guard"},
 	}
 }
 
