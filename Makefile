@@ -34,6 +34,11 @@ build: ## Build bin/skipstack, static
 	$(call say,BUILD,bin/skipstack)
 	$(Q)$(BUILD) -o bin/skipstack ./cmd/skipstack
 
+.PHONY: man
+man: build ## Write the man pages to bin/man8
+	$(call say,MAN,bin/man8)
+	$(Q)bin/skipstack man bin/man8
+
 .PHONY: plugins
 plugins: bin/cni/.built ## Build the upstream CNI plugins in bin/cni, for the demo and the tests
 

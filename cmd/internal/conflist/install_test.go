@@ -428,7 +428,7 @@ func TestFind(t *testing.T) {
 	}{
 		{name: "default", conf: "etc/cni/net.d", bin: "opt/cni/bin"},
 		{name: "k3s", conf: "var/lib/rancher/k3s/agent/etc/cni/net.d", bin: "var/lib/rancher/k3s/data/cni"},
-		{name: "k3s before 1.31", conf: "var/lib/rancher/k3s/agent/etc/cni/net.d", bin: "var/lib/rancher/k3s/data/current/bin"},
+		{name: "k3s, an older release", conf: "var/lib/rancher/k3s/agent/etc/cni/net.d", bin: "var/lib/rancher/k3s/data/current/bin"},
 		{name: "microk8s", conf: "var/snap/microk8s/current/args/cni-network", bin: "var/snap/microk8s/current/opt/cni/bin"},
 		{name: "GKE", conf: "etc/cni/net.d", bin: "home/kubernetes/bin"},
 		{name: "OpenShift", conf: "etc/kubernetes/cni/net.d", bin: "var/lib/cni/bin"},

@@ -156,8 +156,9 @@ func TestPrimaryRewrites(t *testing.T) {
 			b := newBed(t, map[string]string{"10.conflist": string(version(t, 0))})
 			b.opts.BinDir = b.bin
 			file := filepath.Join(b.conf, "10.conflist")
+			const rounds = 60
 			with := 0
-			for n := 1; n <= 150; n++ {
+			for n := 1; n <= rounds; n++ {
 				var all sync.WaitGroup
 				all.Go(func() {
 					time.Sleep(rand.N(2 * time.Millisecond)) // hits all parts of an install
@@ -181,8 +182,8 @@ func TestPrimaryRewrites(t *testing.T) {
 					with++
 				}
 			}
-			if with == 0 || with == 150 {
-				t.Logf("%d of 150 installs came after the rewrite", with) // no race was met
+			if with == 0 || with == rounds {
+				t.Logf("%d of %d installs came after the rewrite", with, rounds) // no race was met
 			}
 			b.install()
 			if got := tree(t, b.conf); len(got) != 1 || !Has(read(t, file)) {

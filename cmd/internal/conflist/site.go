@@ -29,14 +29,14 @@ type place struct {
 // configuration, or where that is not to be found.
 func usual() []place {
 	return []place{
-		// k3s, and k3d, whose nodes run it: pkg/agent/config/config.go. Plugins were
-		// in data/current/bin before 1.31.
+		// k3s, and k3d, whose nodes run it: pkg/agent/config/config.go. Older
+		// releases had plugins in data/current/bin.
 		{"/var/lib/rancher/k3s/agent/etc/cni/net.d", []string{"/var/lib/rancher/k3s/data/cni", "/var/lib/rancher/k3s/data/current/bin"}},
 		// microk8s: microk8s-resources/default-args/containerd-template.toml
 		{"/var/snap/microk8s/current/args/cni-network", []string{"/var/snap/microk8s/current/opt/cni/bin"}},
 		// OpenShift, whose machine config points CRI-O to where Multus writes.
 		{"/etc/kubernetes/cni/net.d", []string{"/var/lib/cni/bin", "/opt/cni/bin"}},
-		// minikube before 1.31 with the Docker runtime: pkg/minikube/cni/cni.go
+		// Older releases of minikube: pkg/minikube/cni/cni.go
 		{"/etc/cni/net.mk", []string{"/opt/cni/bin"}},
 		// kubeadm, kind, minikube, Bottlerocket, EKS, AKS, RKE2; GKE's plugins are in
 		// /home/kubernetes/bin, Debian's and Fedora's packages' in /usr.
