@@ -318,7 +318,7 @@ func (j *job) startProber(load bool) {
 		return
 	}
 	if err := j.p.Prober.Start(j.conf, load); err != nil {
-		j.notes = append(j.notes, note{"prober", "the kernel cannot be probed, so pods stay plain: run `skipstack load`", err})
+		j.notes = append(j.notes, note{"prober", "the kernel cannot be probed, so pods stay plain: `skipstack doctor` looks for the cause, `skipstack load` tries again", err})
 	}
 }
 

@@ -121,6 +121,11 @@ func (s *Set) attach(cgroup *os.File, cgroupID uint64) (created bool, err error)
 		Program: s.progs[bpf.DatapathProgTrack],
 		Attach:  ebpf.AttachCGroupSockOps,
 	})
+	if errors.Is(err, unix.EPERM) {
+		// hierarchy_allows_attach(), kernel/bpf/cgroup.c.
+		return false, fmt.Errorf("attach sock_ops to cgroup %s: %w (another program may be attached above without BPF_F_ALLOW_MULTI: "+
+			"`skipstack doctor` names it)", cgroup.Name(), err)
+	}
 	if err != nil {
 		return false, fmt.Errorf("attach sock_ops to cgroup %s: %w", cgroup.Name(), err)
 	}

@@ -271,9 +271,6 @@ func (p *prober) attach() error {
 		return err
 	}
 	_, err := p.set.Attach(p.scratch.dir, p.scratch.id)
-	if errors.Is(err, unix.EPERM) {
-		return fmt.Errorf("%w (is a sock_ops program without BPF_F_ALLOW_MULTI attached to a cgroup above?)", err)
-	}
 	return err
 }
 

@@ -434,6 +434,7 @@ func TestExplain(t *testing.T) {
 		{fmt.Errorf("x: %w", datapath.ErrBusy), "try again"},
 		{fmt.Errorf("x: %w", datapath.ErrInUse), "--force"},
 		{fmt.Errorf("x: %w", datapath.ErrNotLoaded), "skipstack load"},
+		{fmt.Errorf("x: %w", datapath.ErrUnsupported), "skipstack doctor"},
 	} {
 		if got := explain(tc.err); !errors.Is(got, tc.err) || !strings.Contains(got.Error(), tc.want) {
 			t.Errorf("%v: %v", tc.err, got)

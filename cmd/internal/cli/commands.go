@@ -299,7 +299,7 @@ func (c *cli) probe() *cobra.Command {
 			defer closer.Close()
 			v, err := plugin.NewNode(c.deps).Probe(cmd.Context(), conf, load, held)
 			if err != nil {
-				log.Warn("the kernel was not probed, so pods stay plain: run `skipstack load`", "error", err.Error())
+				log.Warn("the kernel was not probed, so pods stay plain: `skipstack doctor` looks for the cause, `skipstack load` tries again", "error", err.Error())
 				return &failed{err}
 			}
 			log.Info("the kernel was probed", "verdict", v.Summary)
