@@ -70,6 +70,18 @@ test-software: ## As root: run real software between pods, plain and accelerated
 	$(call say,SOFTWARE,.)
 	$(Q)$(GO) run ./test/software $(SOFTWAREFLAGS)
 
+# What docs/benchmarks.md and the README show. On an idle machine; half an hour.
+BENCHFLAGS ?= --full --reference unix
+.PHONY: bench-docs
+bench-docs: build plugins ## As root: measure, and write docs/benchmarks.md and the README's demo; needs apt
+	$(Q)mkdir -p .cache/bench
+	$(Q)bin/skipstack bench --quick --cni-path bin/cni >.cache/bench/demo.txt
+	$(Q)bin/skipstack bench $(BENCHFLAGS) --cni-path bin/cni --json .cache/bench/first.json >.cache/bench/first.txt
+	$(Q)bin/skipstack bench --cni-path bin/cni --json .cache/bench/second.json >.cache/bench/second.txt
+	$(Q)$(GO) run ./test/loadtools -cache .cache/loadtools -json .cache/bench/loadtools.json
+	$(Q)$(GO) run ./cmd/internal/benchdoc -bench .cache/bench/first.json -again .cache/bench/second.json \
+		-tools .cache/bench/loadtools.json -demo .cache/bench/demo.txt
+
 .PHONY: conformance
 conformance: ## Run the conformance suite and write docs/conformance.md (root)
 	$(call say,GENERATE,docs/conformance.md)

@@ -6,6 +6,7 @@ import (
 	"io"
 	"slices"
 	"strings"
+	"unicode/utf8"
 
 	"github.com/skipstack/skipstack/bpf"
 )
@@ -45,14 +46,15 @@ func title(path Path, placement Placement) string {
 func (r *Report) writeText(w io.Writer) error {
 	var b bytes.Buffer
 	h := r.Header
-	fmt.Fprintf(&b, "\nLinux %s, %s, %d CPUs.\nKernel verdict: %s.\n", h.Kernel, h.CPU, h.CPUs, h.Verdict)
-	fmt.Fprintf(&b, "Two pods, %s;\ncongestion control %s.\n", h.Network, h.Congestion)
+	fmt.Fprintln(&b)
+	paragraph(&b, "Linux %s, %s, %d CPUs. Kernel verdict: %s.", h.Kernel, h.CPU, h.CPUs, h.Verdict)
+	paragraph(&b, "Two pods, %s; congestion control %s.", h.Network, h.Congestion)
 	fmt.Fprintf(&b, "Medians of %d pairs of runs of %v; plain and accelerated runs differ only in\n", h.Parameters.Repeats, h.Parameters.Length)
 	fmt.Fprint(&b, "the processes' cgroup. The pods accept two risks, which is right here: splice,\n"+
 		"as the processes only send and recv, and blocking, as one thread reads each\n"+
 		"socket and retries on EAGAIN.\n")
 	for _, left := range h.LeftOut {
-		fmt.Fprintf(&b, "Left out: %s.\n", left)
+		paragraph(&b, "Left out: %s.", left)
 	}
 	for _, s := range sections(r.Points) {
 		fmt.Fprintf(&b, "\n%s\n", upperFirst(s.title()))
@@ -85,12 +87,12 @@ proof: ok is 99 %% redirected; overflow is as much together with what went by TC
 	fmt.Fprintf(&b, "Checked byte by byte, apart from the measuring: %s.\n", quantity(float64(h.Verified), "B"))
 	for _, p := range r.Points {
 		for _, i := range p.Outliers {
-			fmt.Fprintf(&b, "Outlier, counted like the others: %s, pair %d: %.2f.\n", p.Point, i+1, p.Speedups[i])
+			paragraph(&b, "Outlier, counted like the others: %s, pair %d: %.2f.", p.Point, i+1, p.Speedups[i])
 		}
 	}
 	for _, p := range r.Points {
 		if p.Proof == Failed {
-			fmt.Fprintf(&b, "NOT PROVEN: %s: %s.\n", p.Point, p.Reason)
+			paragraph(&b, "NOT PROVEN: %s: %s.", p.Point, p.Reason)
 		}
 	}
 	if r.Proven() {
@@ -98,6 +100,26 @@ proof: ok is 99 %% redirected; overflow is as much together with what went by TC
 	}
 	_, err := w.Write(b.Bytes())
 	return err
+}
+
+// columns is the width of a terminal.
+const columns = 80
+
+// paragraph writes text in lines of at most that width; the further ones are indented.
+func paragraph(w io.Writer, format string, args ...any) {
+	line := ""
+	for _, word := range strings.Fields(fmt.Sprintf(format, args...)) {
+		switch {
+		case line == "":
+			line = word
+		case utf8.RuneCountInString(line)+1+utf8.RuneCountInString(word) > columns:
+			fmt.Fprintln(w, line)
+			line = "  " + word
+		default:
+			line += " " + word
+		}
+	}
+	fmt.Fprintln(w, line)
 }
 
 func upperFirst(s string) string { return strings.ToUpper(s[:1]) + s[1:] }

@@ -1,0 +1,121 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/skipstack/skipstack/cmd/internal/bench"
+)
+
+func write(t *testing.T, name string, v any) string {
+	t.Helper()
+	text, ok := v.(string)
+	if !ok {
+		b, err := json.Marshal(v)
+		if err != nil {
+			t.Fatal(err)
+		}
+		text = string(b)
+	}
+	path := filepath.Join(t.TempDir(), name)
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+func report(speedup float64) bench.Report {
+	point := func(p bench.Point) bench.Result {
+		p.Path, p.Placement, p.Connections = bench.PodIP, bench.SameCPU, 1
+		return bench.Result{
+			Point: p, Speedup: speedup, Proof: bench.Proven, PayloadBytes: 10, RedirectedBytes: 10,
+			Plain: bench.Figures{BytesPerSecond: 1e9, TransactionsPerSecond: 1e4}, Accelerated: bench.Figures{BytesPerSecond: 3e9, TransactionsPerSecond: 2e4},
+			Speedups: []float64{1.5, 9}, Outliers: []int{1}, Programs: []bench.ProgramCost{{Name: "redirect", Runs: 7, NsPerRun: 123}},
+		}
+	}
+	r := bench.Report{}
+	for _, p := range points {
+		r.Points = append(r.Points, point(p))
+	}
+	return r
+}
+
+const empty = "before\n<!-- results: written by `make bench-docs` -->\n<!-- end of results -->\nafter\n"
+
+func TestUpdate(t *testing.T) {
+	doc := write(t, "doc.md", empty)
+	tools := []toolResult{{Tool: "iperf3", Version: "iperf3 3.12", Experiment: "stream 64 KiB", Unit: "bytes/s", Plain: []float64{1, 2, 300}, Accelerated: []float64{5, 4, 6}}}
+	first, second, other := write(t, "a", report(2)), write(t, "b", report(1.5)), write(t, "c", tools)
+	if code := run([]string{"-bench", first, "-again", second, "-tools", other, "-doc", doc}, os.Stderr); code != 0 {
+		t.Fatalf("exit code %d", code)
+	}
+	text, err := os.ReadFile(doc)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{
+		"before\n", "after\n", "### Pod IP, one CPU", "| stream | 64 KiB | 1.00 GB/s | 3.00 GB/s |", "At none of the 3 points.",
+		"0 agree within 15 %", "greatest difference is 25 %", "| iperf3 3.12 | 2 | 5 | 2.50 |", "| skipstack bench | 1e+09 | 3e+09 | 3.00 |",
+		"pair 2: 9.00", "| redirect | 7 | 123 |",
+	} {
+		if !strings.Contains(string(text), want) {
+			t.Errorf("no %q in\n%s", want, text)
+		}
+	}
+	// The same again changes nothing.
+	if err := update(doc, first, second, other); err != nil {
+		t.Fatal(err)
+	}
+	if again, err := os.ReadFile(doc); err != nil || !bytes.Equal(text, again) {
+		t.Errorf("it differs the second time: %v\n%s", err, again)
+	}
+}
+
+func TestUpdateRefuses(t *testing.T) {
+	good, unproven := write(t, "a", report(2)), report(2)
+	unproven.Points[0].Proof = bench.Failed
+	for name, c := range map[string]struct{ doc, bench, tools string }{
+		"no marks":     {"text", good, ""},
+		"one mark":     {strings.Split(empty, "<!-- end")[0], good, ""},
+		"not proven":   {empty, write(t, "b", unproven), ""},
+		"no results":   {empty, filepath.Join(t.TempDir(), "x"), ""},
+		"unknown tool": {empty, good, write(t, "c", []toolResult{{Tool: "x", Experiment: "y", Plain: []float64{1}, Accelerated: []float64{1}}})},
+		"no runs":      {empty, good, write(t, "d", []toolResult{{Tool: "iperf3", Experiment: "rr 64/64 B"}})},
+	} {
+		doc := write(t, "doc.md", c.doc)
+		if err := update(doc, c.bench, "", c.tools); err == nil {
+			t.Errorf("%s: accepted", name)
+		}
+		if text, err := os.ReadFile(doc); err != nil || string(text) != c.doc {
+			t.Errorf("%s: the document was changed: %v", name, err)
+		}
+	}
+}
+
+func TestDemo(t *testing.T) {
+	readme := write(t, "README.md", "a\n<!-- demo: written by `make bench-docs` -->\nold\n<!-- end of demo -->\nb\n")
+	if err := updateDemo(readme, write(t, "demo", "\ntable\n")); err != nil {
+		t.Fatal(err)
+	}
+	text, err := os.ReadFile(readme)
+	if want := "a\n<!-- demo: written by `make bench-docs` -->\n\n```\ntable\n```\n\n<!-- end of demo -->\nb\n"; err != nil || string(text) != want {
+		t.Errorf("%q, %v", text, err)
+	}
+}
+
+// The documents have the marks.
+func TestMarks(t *testing.T) {
+	for file, mark := range map[string]string{"docs/benchmarks.md": "results", "README.md": "demo"} {
+		text, err := os.ReadFile(filepath.Join("../../..", file))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := replace(text, mark, nil); err != nil {
+			t.Errorf("%s: %v", file, err)
+		}
+	}
+}

@@ -1,0 +1,213 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/skipstack/skipstack/test/node"
+)
+
+// An experiment is one that the bench has, too.
+type experiment struct {
+	tool, name, unit string
+	port             int
+	server           []string
+	client           func(server netip.Addr) []string
+	parse            func(output []byte) (float64, error)
+}
+
+const (
+	iperfPort    = 5201
+	sockperfPort = 11111
+)
+
+var experiments = []experiment{iperf(64 << 10), iperf(4 << 10), sockperf}
+
+// iperf streams messages of a size one way; the result is what the server received.
+func iperf(bytes int) experiment {
+	return experiment{
+		tool: "iperf3", name: fmt.Sprintf("stream %d KiB", bytes>>10), unit: "bytes/s", port: iperfPort,
+		server: []string{"-4", "-s", "-1"},
+		client: func(server netip.Addr) []string {
+			return []string{"-c", server.String(), "-t", "1", "-l", strconv.Itoa(bytes), "-J"}
+		},
+		parse: func(output []byte) (float64, error) {
+			var report struct {
+				End struct {
+					Received struct {
+						Bits float64 `json:"bits_per_second"`
+					} `json:"sum_received"`
+				}
+				Error string
+			}
+			if err := json.Unmarshal(output, &report); err != nil {
+				return 0, err
+			}
+			if report.Error != "" || report.End.Received.Bits == 0 {
+				return 0, fmt.Errorf("iperf3 says %q, %v bit/s", report.Error, report.End.Received.Bits)
+			}
+			return report.End.Received.Bits / 8, nil
+		},
+	}
+}
+
+// sockperf exchanges 64 bytes each way at a time. It says half the mean round trip.
+var sockperf = experiment{
+	tool: "sockperf", name: "rr 64/64 B", unit: "transactions/s", port: sockperfPort,
+	server: []string{"server", "--tcp", "-i", "0.0.0.0", "-p", strconv.Itoa(sockperfPort)},
+	client: func(server netip.Addr) []string {
+		return []string{"ping-pong", "--tcp", "-i", server.String(), "-p", strconv.Itoa(sockperfPort), "-m", "64", "-t", "1"}
+	},
+	parse: func(output []byte) (float64, error) {
+		m := half.FindSubmatch(output)
+		if m == nil {
+			return 0, fmt.Errorf("sockperf names no latency: %s", output)
+		}
+		usec, err := strconv.ParseFloat(string(m[1]), 64)
+		if err != nil || usec <= 0 {
+			return 0, fmt.Errorf("a latency of %s: %w", m[1], err)
+		}
+		return 1e6 / (2 * usec), nil
+	},
+}
+
+var half = regexp.MustCompile(`Latency is (?:\x1b\[[0-9;]*m)*([0-9.]+) usec`)
+
+// A pair is two pods of a private node, both accelerated for processes in their cgroups.
+type pair struct {
+	node           *node.Node
+	client, server *node.Pod
+	root           string
+	env            []string
+}
+
+func newPair(ctx context.Context, root string) (p *pair, err error) {
+	p = &pair{root: root, env: environment(root)}
+	if p.node, err = node.New(node.Options{Name: "loadtools", Log: os.Stderr}); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, p.node.Close())
+		}
+	}()
+	// The tools block, and do not splice.
+	list, err := p.node.Network(node.Network{Skipstack: map[string]any{"mode": "on", "acceptRisks": []string{"splice", "blocking"}}})
+	if err != nil {
+		return nil, err
+	}
+	if p.server, err = p.node.AddPod(ctx, "server", list, node.PodOptions{}); err != nil {
+		return nil, err
+	}
+	if p.client, err = p.node.AddPod(ctx, "client", list, node.PodOptions{}); err != nil {
+		return nil, err
+	}
+	return p, p.waitForGate(ctx)
+}
+
+// command is a tool's with arguments.
+func (p *pair) command(tool string, args ...string) *exec.Cmd {
+	cmd := exec.Command(filepath.Join(p.root, "usr/bin", tool), args...)
+	if _, err := os.Stat(cmd.Path); err != nil { // installed on the machine
+		cmd = exec.Command(tool, args...)
+	}
+	cmd.Env = p.env
+	return cmd
+}
+
+func (p *pair) version(ctx context.Context, tool string) (string, error) {
+	out, err := p.command(tool, "--version").CombinedOutput()
+	if err != nil {
+		return "", fmt.Errorf("%s --version: %w: %s", tool, err, out)
+	}
+	m := regexp.MustCompile(`\d+\.\d+[\d.]*`).Find(out)
+	return tool + " " + string(m), nil
+}
+
+// run runs a tool's server and client on the last CPU.
+func (p *pair) run(ctx context.Context, e experiment, accelerated bool) (v float64, err error) {
+	server, err := p.start(p.server, e, accelerated, nil, e.server)
+	if err != nil {
+		return 0, err
+	}
+	defer func() { err = errors.Join(err, server.Kill()) }()
+	if err := p.listens(ctx, e.port); err != nil {
+		return 0, err
+	}
+	before, err := p.redirected()
+	if err != nil {
+		return 0, err
+	}
+	addr, _ := p.server.Addr(false)
+	var out bytes.Buffer
+	client, err := p.start(p.client, e, accelerated, &out, e.client(addr))
+	if err != nil {
+		return 0, err
+	}
+	if err := client.Wait(); err != nil {
+		return 0, fmt.Errorf("%w: %s", err, out.Bytes())
+	}
+	after, err := p.redirected()
+	if err == nil && accelerated != (after > before) {
+		err = fmt.Errorf("accelerated %v, though %d bytes were redirected", accelerated, after-before)
+	}
+	if err != nil {
+		return 0, err
+	}
+	return e.parse(out.Bytes())
+}
+
+func (p *pair) start(pod *node.Pod, e experiment, accelerated bool, out *bytes.Buffer, args []string) (*node.Process, error) {
+	cmd := p.command(e.tool, args...)
+	if out != nil {
+		cmd.Stdout, cmd.Stderr = out, out
+	}
+	cpu, err := lastCPU()
+	if err != nil {
+		return nil, err
+	}
+	where := node.StartOptions{CPU: cpu + 1}
+	if !accelerated {
+		// As deep as the pod's own, outside it.
+		if where.Cgroup, err = p.node.Cgroup(filepath.Join("plain/burstable", "pod"+pod.UID, pod.ID)); err != nil {
+			return nil, err
+		}
+	}
+	return pod.Start(cmd, where)
+}
+
+// listens waits until the server's pod listens on a TCP port.
+func (p *pair) listens(ctx context.Context, port int) error {
+	want := fmt.Sprintf(":%04X ", port)
+	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+		found := false
+		err := p.server.Do(func() error {
+			table, err := os.ReadFile("/proc/thread-self/net/tcp")
+			for line := range strings.Lines(string(table)) {
+				// sl, local address, remote address, state; 0A is LISTEN
+				f := strings.Fields(line)
+				found = found || len(f) > 3 && strings.HasSuffix(f[1]+" ", want) && f[3] == "0A"
+			}
+			return err
+		})
+		switch {
+		case err != nil || found:
+			return err
+		case ctx.Err() != nil:
+			return ctx.Err()
+		case time.Now().After(deadline):
+			return fmt.Errorf("the server does not listen on port %d", port)
+		}
+	}
+}
