@@ -12,7 +12,6 @@ import (
 	"net/netip"
 	"os/exec"
 	"os/signal"
-	"path/filepath"
 	"slices"
 	"strconv"
 	"text/tabwriter"
@@ -30,7 +29,7 @@ type clientOptions struct {
 	target  string
 	wait    time.Duration
 	repeats int
-	json    string
+	files
 }
 
 func newClientCommand(c Config) *cobra.Command {
@@ -69,7 +68,7 @@ failed), 2 wrong usage.`,
 	cmd.Flags().StringVar(&o.target, "target", "", "name or address of the server, a `HOST` without a port")
 	cmd.Flags().DurationVar(&o.wait, "wait", 30*time.Second, "how long to wait for the server to be there, and free")
 	cmd.Flags().IntVar(&o.repeats, "repeats", leastPairs, "pairs of runs for each point")
-	cmd.Flags().StringVar(&o.json, "json", "", "also write the results as JSON to this `FILE`; - is standard output, the table then goes to standard error")
+	o.files.add(cmd.Flags())
 	return cmd
 }
 
@@ -97,12 +96,10 @@ func (o *clientOptions) check() error {
 	case o.repeats < leastPairs || o.repeats > mostPairs:
 		return fmt.Errorf("--repeats %d: it is %d to %d", o.repeats, leastPairs, mostPairs)
 	}
-	if o.json != "" && o.json != "-" {
-		if err := unix.Access(filepath.Dir(o.json), unix.W_OK); err != nil {
-			return fmt.Errorf("--json %s: its directory is not writable: %w", o.json, err)
-		}
+	if err := o.files.check(); err != nil {
+		return err
 	}
-	return nil
+	return o.checkWritable()
 }
 
 // runClient measures, and returns an error unless the bypass is proven.
@@ -118,18 +115,7 @@ func runClient(ctx context.Context, c Config, o clientOptions) error {
 	if err != nil {
 		return err
 	}
-	out := c.Out
-	if o.json == "-" {
-		out = c.ErrOut
-	}
-	err = report.writePodText(out, o.ports)
-	if o.json != "" {
-		var b bytes.Buffer
-		e := json.NewEncoder(&b)
-		e.SetIndent("", "  ")
-		err = errors.Join(err, e.Encode(report))
-		err = errors.Join(err, writeResult(o.json, b.Bytes(), c.Out))
-	}
+	err = errors.Join(report.writePodText(o.table(c), o.ports), o.writeFiles(report, c.Out))
 	if err == nil && !report.Proven() {
 		err = errors.New("the bypass is not proven")
 	}

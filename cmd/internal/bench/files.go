@@ -4,29 +4,94 @@ import (
 	"bytes"
 	"encoding/csv"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
+	"slices"
+
+	"github.com/spf13/pflag"
+	"golang.org/x/sys/unix"
 )
 
-// writeFiles writes the results to the files that were asked for.
-func (o options) writeFiles(r *Report, stdout io.Writer) error {
-	for _, f := range []struct {
-		path  string
-		write func(*Report, io.Writer) error
-	}{{o.json, (*Report).encodeJSON}, {o.csv, (*Report).encodeCSV}} {
-		if f.path == "" {
+// files are where the results go beside the table, by path; empty: nowhere.
+type files struct{ json, csv, report string }
+
+func (o *files) add(set *pflag.FlagSet) {
+	set.StringVar(&o.json, "json", "", "also write the results as JSON to this `FILE`; - is standard output, the table then goes to standard error")
+	set.StringVar(&o.csv, "csv", "", "also write the results as CSV to this `FILE`; - as with --json")
+	set.StringVar(&o.report, "report", "", "also write a page with charts to this `FILE.html`")
+}
+
+// A file is one of them.
+type file struct {
+	flag, path string
+	encode     func(*Report, io.Writer) error
+}
+
+// wanted lists the files that were asked for.
+func (o files) wanted() []file {
+	return slices.DeleteFunc([]file{
+		{"json", o.json, (*Report).encodeJSON}, {"csv", o.csv, (*Report).encodeCSV}, {"report", o.report, (*Report).encodeHTML},
+	}, func(f file) bool { return f.path == "" })
+}
+
+// check finds out whether the files exclude each other.
+func (o files) check() error {
+	paths := map[string]string{}
+	for _, f := range o.wanted() {
+		other, taken := paths[f.path]
+		switch {
+		case f.path == "-" && f.flag == "report":
+			return errors.New("--report -: name a file; only --json and --csv go to standard output")
+		case taken && f.path == "-":
+			return fmt.Errorf("--%s and --%s cannot both be standard output", other, f.flag)
+		case taken:
+			return fmt.Errorf("--%s and --%s are the same file %s", other, f.flag, f.path)
+		}
+		paths[f.path] = f.flag
+	}
+	return nil
+}
+
+// checkWritable finds out whether the files can be written.
+func (o files) checkWritable() error {
+	for _, f := range o.wanted() {
+		if f.path == "-" {
 			continue
 		}
-		var b bytes.Buffer
-		if err := f.write(r, &b); err != nil {
-			return err
+		if err := unix.Access(filepath.Dir(f.path), unix.W_OK); err != nil {
+			return fmt.Errorf("--%s %s: its directory is not writable: %w", f.flag, f.path, err)
 		}
-		if err := writeResult(f.path, b.Bytes(), stdout); err != nil {
-			return err
+		if info, err := os.Stat(f.path); err == nil && info.IsDir() {
+			return fmt.Errorf("--%s %s: it is a directory", f.flag, f.path)
 		}
 	}
 	return nil
+}
+
+// table is where the table goes.
+func (o files) table(c Config) io.Writer {
+	if o.json == "-" || o.csv == "-" {
+		return c.ErrOut
+	}
+	return c.Out
+}
+
+// writeFiles writes the results to the files that were asked for. What goes wrong
+// with one does not keep the others from being written.
+func (o files) writeFiles(r *Report, stdout io.Writer) error {
+	var failed []error
+	for _, f := range o.wanted() {
+		var b bytes.Buffer
+		err := f.encode(r, &b)
+		if err == nil {
+			err = writeResult(f.path, b.Bytes(), stdout)
+		}
+		failed = append(failed, err)
+	}
+	return errors.Join(failed...)
 }
 
 func writeResult(path string, result []byte, stdout io.Writer) error {

@@ -11,7 +11,6 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
-	"golang.org/x/sys/unix"
 
 	"github.com/skipstack/skipstack/plugin/datapath"
 	"github.com/skipstack/skipstack/test/node"
@@ -25,9 +24,9 @@ type flags struct {
 	length                          time.Duration
 	sockets, reference              string
 	cniPath, conflist               string
-	json, csv                       string
-	check                           bool
-	minSpeedup                      float64
+	files
+	check      bool
+	minSpeedup float64
 }
 
 const (
@@ -53,8 +52,7 @@ func (f *flags) add(cmd *cobra.Command) {
 	set.StringVar(&f.reference, "reference", "", "unix: measure each point over an AF_UNIX stream too, which has no network at all")
 	set.StringVar(&f.cniPath, "cni-path", defaultCNIPath, "`DIRECTORY` of the CNI plugins")
 	set.StringVar(&f.conflist, "conflist", "", "make the two pods on this node, by the chain of this `FILE`")
-	set.StringVar(&f.json, "json", "", "also write the results as JSON to this `FILE`; - is standard output, the table then goes to standard error")
-	set.StringVar(&f.csv, "csv", "", "also write the results as CSV to this `FILE`; - as with --json")
+	f.files.add(set)
 	set.BoolVar(&f.check, "check", false, "fail if a point is slower than --min-speedup, too")
 	set.Float64Var(&f.minSpeedup, "min-speedup", 1, "with --check, the least `RATIO` of accelerated to plain")
 }
@@ -106,8 +104,8 @@ func (f *flags) options(cmd *cobra.Command) (options, error) {
 	if f.minSpeedup < 0 || math.IsNaN(f.minSpeedup) || math.IsInf(f.minSpeedup, 0) {
 		return o, fmt.Errorf("--min-speedup %v: it is a ratio from 0 on", f.minSpeedup)
 	}
-	if f.json == "-" && f.csv == "-" {
-		return o, errors.New("--json and --csv cannot both be standard output")
+	if err := f.files.check(); err != nil {
+		return o, err
 	}
 	return o, parameters(o).validate()
 }
@@ -127,16 +125,8 @@ func (o options) checkMachine() (chain hereOptions, err error) {
 	if _, err := o.points(); err != nil {
 		return chain, err
 	}
-	for name, path := range map[string]string{"json": o.json, "csv": o.csv} {
-		if path == "" || path == "-" {
-			continue
-		}
-		if err := unix.Access(filepath.Dir(path), unix.W_OK); err != nil {
-			return chain, fmt.Errorf("--%s %s: its directory is not writable: %w", name, path, err)
-		}
-		if info, err := os.Stat(path); err == nil && info.IsDir() {
-			return chain, fmt.Errorf("--%s %s: it is a directory", name, path)
-		}
+	if err := o.checkWritable(); err != nil {
+		return chain, err
 	}
 	if os.Geteuid() != 0 {
 		return chain, node.ErrPrivilege

@@ -109,10 +109,7 @@ func (o options) session(ctx context.Context, c Config, s site, err error) (*Rep
 	if err != nil {
 		return nil, err
 	}
-	out := c.Out
-	if o.json == "-" || o.csv == "-" {
-		out = c.ErrOut
-	}
+	out := o.table(c)
 	// What is measured is told, even if cleaning up fails then.
 	return report, errors.Join(report.writeText(out), o.writeCheck(report, out))
 }

@@ -121,22 +121,19 @@ func (c Chart) SVG() (string, error) {
 	}
 	legend := c.legend()
 	text := lib.Style{Font: font, FontSize: fontPoints, FontColor: black}
-	axis := lib.Style{StrokeColor: black, StrokeWidth: 1, Font: font, FontSize: fontPoints, FontColor: black}
 	graph := lib.Chart{
-		Width: width, Height: plotHeight + legend.height() + rows*lineHeight + 3*padding,
+		Width: width, Height: plotHeight + legend.height() + rows*lineHeight + 2*padding,
 		Font: font,
 		Background: lib.Style{
 			FillColor: white, StrokeColor: white,
-			Padding: lib.Box{Top: legend.height() + padding, Left: leftLabels, Right: padding, Bottom: rows*lineHeight + 2*padding},
+			Padding: lib.Box{Top: legend.height() + padding, Left: leftLabels, Right: padding, Bottom: rows*lineHeight + padding},
 		},
-		Canvas: lib.Style{FillColor: white, StrokeColor: faint, StrokeWidth: 1},
-		XAxis: lib.XAxis{
-			Style: axis, Range: &lib.ContinuousRange{Min: 0, Max: float64(len(c.Columns))},
-			Ticks:          []lib.Tick{{Value: 0}, {Value: float64(len(c.Columns))}},
-			GridMajorStyle: lib.Hidden(), GridMinorStyle: lib.Hidden(),
-		},
-		YAxis:  lib.YAxis{Style: lib.Hidden(), Ticks: yTicks},
-		Series: []lib.Series{series{chart: c}},
+		Canvas: lib.Style{FillColor: white, StrokeColor: Grey, StrokeWidth: 1},
+		// The library's labels have one line; drawLabels has its own.
+		XAxis:          lib.XAxis{Style: lib.Hidden(), Ticks: []lib.Tick{{Value: 0}, {Value: float64(len(c.Columns))}}},
+		YAxis:          lib.YAxis{Style: lib.Hidden(), Ticks: yTicks},
+		YAxisSecondary: lib.YAxis{Style: lib.Hidden()},
+		Series:         []lib.Series{series{chart: c}},
 	}
 	graph.Elements = []lib.Renderable{
 		func(r lib.Renderer, box lib.Box, _ lib.Style) { c.drawLabels(r, box, text, yTicks) },
