@@ -1,7 +1,7 @@
 package conformance
 
 import (
-	"errors"
+	"bytes"
 	"fmt"
 	"unsafe"
 
@@ -98,44 +98,31 @@ var descriptors = []behaviour{
 	{name: "many threads", once: true, does: "four threads write to one socket; all bytes of each arrive", run: func(c *trial) {
 		a, b := c.blockingPair()
 		const writers, records, size = 4, 500, 1000
-		ended := make(chan error, writers)
-		for i := range writers {
-			go func() {
-				record := make([]byte, size)
-				for j := range record {
-					record[j] = byte('a' + i)
-				}
-				for range records {
-					if _, err := unix.Write(a.fd, record); err != nil {
-						ended <- err
-						return
-					}
-				}
-				ended <- nil
-			}()
-		}
 		counts := map[byte]int{}
-		record := make([]byte, size)
-		for range writers * records {
-			for n := 0; n < size; {
-				m, _, err := unix.Recvfrom(b.fd, record[n:], unix.MSG_DONTWAIT)
-				if errors.Is(err, unix.EAGAIN) {
-					b.await(unix.POLLIN)
-					continue
-				}
+		parts := []func(){func() {
+			buf := make([]byte, 64<<10)
+			for left := writers * records * size; left > 0; {
+				b.await(unix.POLLIN)
+				n, _, err := unix.Recvfrom(b.fd, buf, unix.MSG_DONTWAIT)
 				c.check(err)
-				if m == 0 {
+				if n == 0 {
 					c.fatalf("the stream ends early")
 				}
-				n += m
+				for _, x := range buf[:n] {
+					counts[x]++
+				}
+				left -= n
 			}
-			for _, x := range record {
-				counts[x]++
-			}
+		}}
+		for i := range writers {
+			parts = append(parts, func() {
+				for range records {
+					_, err := unix.Write(a.fd, bytes.Repeat([]byte{byte('a' + i)}, size))
+					c.check(err)
+				}
+			})
 		}
-		for range writers {
-			c.check(<-ended)
-		}
+		c.together(parts...)
 		for i := range writers {
 			c.note("%d bytes", counts[byte('a'+i)])
 		}

@@ -144,55 +144,22 @@ var listening = []behaviour{
 		}
 		c.note("both serve: %t", served[0] > 0 && served[1] > 0)
 	}},
-	{name: "port reuse at once after close", once: true, notSwitched: true, does: "20 times over: a connection between the same two ports, made again as soon as it was closed", run: func(c *trial) {
-		// The end that closes first keeps the port: the server, whose TIME_WAIT
-		// gives way to a client's SYN.
-		l := c.listen(socketOptions{})
-		defer unix.Close(l.FD)
-		from := 0
-		bind := socketOptions{client: func(fd int) error {
-			// The port is taken from the first connection.
-			return unix.Bind(fd, &unix.SockaddrInet4{Addr: c.rig.client.addr().As4(), Port: from})
-		}}
-		for range 20 {
-			near := c.dial(l, bind)
-			far := c.accept(l, socketOptions{})
-			near.peer, far.peer = far, near
-			name, err := unix.Getsockname(near.fd)
-			c.check(err)
-			from = int(addrPort(name).Port())
-			near.warm()
-			near.write(5000)
-			far.read(5000)
-			far.close()
-			near.await(unix.POLLRDHUP)
-			if s := near.recv(1, 0); s != "end" {
-				c.fatalf("recv: %s", s)
-			}
-			near.close()
-		}
-		c.note("20 connections, all bytes")
-	}},
+	{name: "port reuse at once after close", once: true, notSwitched: true,
+		does: "20 times over: a connection between the same two ports, made again as soon as the server has closed it", run: func(c *trial) {
+			c.samePorts(func(near, far *end) {
+				near.write(5000)
+				far.read(5000)
+				far.close()
+				near.readEnd()
+				near.close()
+			})
+		}},
 	{name: "port reuse after RST", once: true, notSwitched: true, does: "as above, but the client resets", run: func(c *trial) {
-		l := c.listen(socketOptions{})
-		defer unix.Close(l.FD)
-		from := 0
-		bind := socketOptions{client: func(fd int) error {
-			return unix.Bind(fd, &unix.SockaddrInet4{Addr: c.rig.client.addr().As4(), Port: from})
-		}}
-		for range 20 {
-			near := c.dial(l, bind)
-			far := c.accept(l, socketOptions{})
-			near.peer, far.peer = far, near
-			name, err := unix.Getsockname(near.fd)
-			c.check(err)
-			from = int(addrPort(name).Port())
-			near.warm()
+		c.samePorts(func(near, far *end) {
 			near.reset()
 			far.await(unix.POLLERR)
 			far.close()
-		}
-		c.note("20 connections, all bytes")
+		})
 	}},
 	{name: "listener again at once", once: true, notSwitched: true, does: "bind to the port of a server that has just closed its connections, with and without SO_REUSEADDR", run: func(c *trial) {
 		l := c.listen(socketOptions{})
@@ -285,4 +252,25 @@ var listening = []behaviour{
 			}
 			c.note("all bytes")
 		}},
+}
+
+// samePorts makes 20 connections between the same two ports, one after the other.
+func (c *trial) samePorts(use func(near, far *end)) {
+	l := c.listen(socketOptions{})
+	defer unix.Close(l.FD)
+	port := 0 // any at first
+	bind := socketOptions{client: func(fd int) error {
+		return unix.Bind(fd, &unix.SockaddrInet4{Addr: c.rig.client.addr().As4(), Port: port})
+	}}
+	for range 20 {
+		near := c.dial(l, bind)
+		far := c.accept(l, socketOptions{})
+		near.peer, far.peer = far, near
+		name, err := unix.Getsockname(near.fd)
+		c.check(err)
+		port = int(addrPort(name).Port())
+		near.warm()
+		use(near, far)
+	}
+	c.note("20 connections, all bytes")
 }

@@ -14,15 +14,7 @@ var losses = []behaviour{
 		a, b := c.pair()
 		c.drop(c.rig.client, 20)
 		c.drop(c.rig.server, 20)
-		ended := make(chan error, 4)
-		const total = 1 << 20
-		for _, e := range []*end{a, b} {
-			go func() { ended <- e.sendRandom(total) }()
-			go func() { ended <- e.receiveRandom(total) }()
-		}
-		for range 4 {
-			c.check(<-ended)
-		}
+		exchangeRandom(a, b, 1<<20)
 		c.note("%s", a.shutdown(unix.SHUT_WR))
 		b.readEnd()
 		b.close()

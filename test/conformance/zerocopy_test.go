@@ -13,24 +13,16 @@ var zeroCopies = []behaviour{
 		a, b := c.pair()
 		const total = 3_000_000
 		file := c.file(bytesAt(0, total))
-		ended := make(chan error, 1)
-		go func() {
-			var offset int64
-			for offset < total {
+		c.together(func() { b.read(total) }, func() {
+			for offset := int64(0); offset < total; {
 				_, err := unix.Sendfile(a.fd, file, &offset, total-int(offset))
 				if errors.Is(err, unix.EAGAIN) {
-					pollFor(a.fd, unix.POLLOUT)
+					a.await(unix.POLLOUT)
 					continue
 				}
-				if err != nil {
-					ended <- err
-					return
-				}
+				c.check(err)
 			}
-			ended <- nil
-		}()
-		b.read(total)
-		c.check(<-ended)
+		})
 		c.note("all bytes")
 	}},
 	{name: "sendfile and write", does: "in turns: order is kept", run: func(c *trial) {
