@@ -283,14 +283,14 @@ func kinds(points []Result) []kind {
 	return all
 }
 
-// columns puts points of one label into one column of a chart.
-type columns struct {
+// labelled puts points of one label into one column of a chart.
+type labelled struct {
 	labels [][]string
 	column []int // of each point
 }
 
-func columnsOf(points []Result, label func(Result) []string) columns {
-	var c columns
+func labelledColumns(points []Result, label func(Result) []string) labelled {
+	var c labelled
 	for _, p := range points {
 		l := label(p)
 		i := slices.IndexFunc(c.labels, func(other []string) bool { return slices.Equal(l, other) })
@@ -327,7 +327,7 @@ func (p *page) streams(id string, points []Result) error {
 		}
 		return a.RequestBytes - b.RequestBytes
 	})
-	c := columnsOf(points, func(r Result) []string { return []string{short(r.RequestBytes), many(r.Point)} })
+	c := labelledColumns(points, func(r Result) []string { return []string{short(r.RequestBytes), many(r.Point)} })
 	lines := func(value func(*Figures) float64) []chart.Line {
 		var all []chart.Line
 		for _, k := range kinds(points) {
@@ -382,7 +382,7 @@ func (p *page) transactions(id string, points []Result) error {
 	if len(points) == 0 {
 		return nil
 	}
-	c := columnsOf(points, func(r Result) []string {
+	c := labelledColumns(points, func(r Result) []string {
 		note := many(r.Point)
 		if r.Test == ConnectRequestResponse {
 			note = strings.TrimSpace(string(r.Test) + " " + note)
