@@ -12,6 +12,7 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
+	"golang.org/x/sys/unix"
 
 	"github.com/skipstack/skipstack/bpf"
 )
@@ -61,11 +62,23 @@ func loadGuard(form Guard, socks *ebpf.Map) (*ebpf.Program, error) {
 	return coll.DetachProgram(name), nil
 }
 
+// A program whose link was unpinned a moment ago is still attached: bpffs lets go
+// of a link after a grace period, and until then the kernel says EBUSY.
+const (
+	lettingGo     = 500 * time.Millisecond
+	lettingGoPoll = 5 * time.Millisecond
+)
+
 func attachGuard(form Guard, prog *ebpf.Program) (l link.Link, err error) {
-	if form == GuardLSM {
-		l, err = link.AttachLSM(link.LSMOptions{Program: prog})
-	} else {
-		l, err = link.AttachTracing(link.TracingOptions{Program: prog, AttachType: ebpf.AttachModifyReturn})
+	for end := time.Now().Add(lettingGo); ; time.Sleep(lettingGoPoll) {
+		if form == GuardLSM {
+			l, err = link.AttachLSM(link.LSMOptions{Program: prog})
+		} else {
+			l, err = link.AttachTracing(link.TracingOptions{Program: prog, AttachType: ebpf.AttachModifyReturn})
+		}
+		if !errors.Is(err, unix.EBUSY) || time.Now().After(end) {
+			break
+		}
 	}
 	if err != nil {
 		return nil, fmt.Errorf("%w: attach its %s program: %w", ErrGuard, form, err)

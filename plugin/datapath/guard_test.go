@@ -179,6 +179,11 @@ func (s *guardSite) check(err error) {
 func (s *guardSite) attachPod() {
 	s.t.Helper()
 	_, err := s.Attach(s.cgroup, s.id)
+	if errors.Is(err, ErrGuard) && errors.Is(err, unix.EBUSY) {
+		// An emulated kernel may take long to let go of the guard that was there.
+		s.swept("the guard is attached", s.linkPinned)
+		err = nil
+	}
 	s.check(err)
 	s.check(s.SetPod(s.id, allPods))
 }
