@@ -56,6 +56,10 @@ func (p *Plugin) Add(args *skel.CmdArgs) error {
 		if !errors.As(err, &r) {
 			// run is stuck somewhere, or has panicked outside its own net.
 			p.fallback.Warn("pod is not accelerated", append(attrs(a.key()), "reason", reason(err))...)
+			// It may do what this process leaves undone.
+			if a.confErr == nil && a.conf.Mode != ModeOff {
+				_ = p.Prober.Start(a.conf, true)
+			}
 		}
 		if a.conf.OnError == OnErrorFail {
 			code := types.ErrTryAgainLater
@@ -340,7 +344,7 @@ func (j *job) attach(ctx context.Context, set Set, pod *podcgroup.Pod, verdict *
 	if err := j.clear(pod.ID); err != nil {
 		return gate, err
 	}
-	unguarded, err := p.attach(j.store, conf.BPFFS, &j.record, set, pod, p.did)
+	unguarded, err := p.attach(j.store, conf.BPFFS, &j.record, set, pod, j.store.Put, p.did)
 	if err = j.unlessGuard(errors.Join(err, unguarded)); err != nil {
 		return gate, err
 	}

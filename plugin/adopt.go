@@ -11,17 +11,17 @@ import (
 	"github.com/skipstack/skipstack/plugin/podcgroup"
 )
 
-// attach attaches the pod's cgroup and brings the record from "attaching" to
+// attach attaches the pod's cgroup and brings the record, by put, from "attaching" to
 // "attached". unguarded is not nil if the pod is attached without a splice guard.
 // The lock is held.
 func (d *Deps) attach(store *attachment.Store, bpffs string, r *attachment.Record, set Set, pod *podcgroup.Pod,
-	did func(step string)) (unguarded, err error) {
+	put func(attachment.Record) error, did func(step string)) (unguarded, err error) {
 	r.BPFFSDev, r.MountNS, err = d.Datapath.BPFFSIdentity(bpffs)
 	if err != nil {
 		return nil, err
 	}
 	r.Status = attachment.Attaching
-	if err := store.Put(*r); err != nil {
+	if err := put(*r); err != nil {
 		return nil, err
 	}
 	did("attaching recorded")
@@ -36,7 +36,7 @@ func (d *Deps) attach(store *attachment.Store, bpffs string, r *attachment.Recor
 	}
 	did("settings written")
 	r.Status = attachment.Attached
-	if err := store.Put(*r); err != nil {
+	if err := put(*r); err != nil {
 		return nil, err
 	}
 	did("attached recorded")
@@ -52,30 +52,45 @@ func (n *Node) adopt(ctx context.Context, conf Config, set Set) error {
 		return err
 	}
 	return n.eachPending(ctx, conf, func(store *attachment.Store, r attachment.Record) error {
-		pod, err := n.Cgroups.Find(ctx, root, podcgroup.Request{Path: r.Pending.CgroupPath})
+		wanted, _ := pendingOf(r, conf)
+		pod, err := n.Cgroups.Find(ctx, root, podcgroup.Request{Path: wanted.CgroupPath})
 		if err != nil {
 			return err
 		}
 		defer pod.Dir.Close()
-		if pod.ID != r.Pending.CgroupID {
+		if pod.ID != wanted.CgroupID {
 			return nil // another pod's by now
 		}
 		before := r
-		r.CgroupID, r.CgroupPath, r.Settings = r.Pending.CgroupID, r.Pending.CgroupPath, r.Pending.Settings
+		r.CgroupID, r.CgroupPath, r.Settings = wanted.CgroupID, wanted.CgroupPath, wanted.Settings
 		r.Reason, r.Pending = "", nil
-		if _, err := n.attach(store, conf.BPFFS, &r, set, pod, func(string) {}); err != nil {
-			// As it was, so that nobody counts on a link that is not there.
-			return errors.Join(err, n.release(store, conf, r), store.Put(before))
+		// A DEL that did not get the lock removes the record all the same, and
+		// it must not come back.
+		_, err = n.attach(store, conf.BPFFS, &r, set, pod, store.Replace, func(string) {})
+		if err == nil {
+			return nil
 		}
-		return nil
+		// As it was, so that nobody counts on a link that is not there.
+		err = errors.Join(err, n.release(store, conf, r), store.Replace(before))
+		if errors.Is(err, attachment.ErrNotFound) {
+			return nil
+		}
+		return err
 	})
 }
 
 // dismiss records that pods which wait for the datapath wait in vain.
 func (n *Node) dismiss(ctx context.Context, conf Config, why error) error {
 	return n.eachPending(ctx, conf, func(store *attachment.Store, r attachment.Record) error {
+		if r.Status == attachment.Attaching {
+			return nil // it may be attached
+		}
 		r.Reason, r.Pending = reason(why), nil
-		return store.Put(r)
+		err := store.Replace(r)
+		if errors.Is(err, attachment.ErrNotFound) {
+			return nil
+		}
+		return err
 	})
 }
 
@@ -86,7 +101,7 @@ func (n *Node) eachPending(ctx context.Context, conf Config, f func(*attachment.
 	records, _ := store.List() // what cannot be read has nothing pending
 	var errs []error
 	for _, r := range records {
-		if !isPending(r, conf) {
+		if _, ok := pendingOf(r, conf); !ok {
 			continue
 		}
 		err := func() error {
@@ -99,7 +114,7 @@ func (n *Node) eachPending(ctx context.Context, conf Config, f func(*attachment.
 			if errors.Is(err, attachment.ErrNotFound) {
 				return nil // deleted meanwhile
 			}
-			if err != nil || !isPending(r, conf) {
+			if _, ok := pendingOf(r, conf); err != nil || !ok {
 				return err
 			}
 			return f(store, r)
@@ -111,13 +126,27 @@ func (n *Node) eachPending(ctx context.Context, conf Config, f func(*attachment.
 	return errors.Join(errs...)
 }
 
-func isPending(r attachment.Record, conf Config) bool {
-	return r.Pending != nil && r.Status == attachment.Skipped && r.Version <= attachment.Version &&
-		wishOf(attachment.Record{Settings: r.Pending.Settings}).BPFFS == conf.BPFFS
+// pendingOf returns what is still to be attached: what an ADD left for later, or,
+// to whoever holds the lock, what one that was killed did not finish.
+func pendingOf(r attachment.Record, conf Config) (wanted attachment.Pending, ok bool) {
+	switch {
+	case r.Version > attachment.Version:
+		return wanted, false
+	case r.Status == attachment.Skipped && r.Pending != nil:
+		wanted = *r.Pending
+	case r.Status == attachment.Attaching:
+		wanted = attachment.Pending{CgroupID: r.CgroupID, CgroupPath: r.CgroupPath, Settings: r.Settings}
+	default:
+		return wanted, false
+	}
+	return wanted, wishOf(attachment.Record{Settings: wanted.Settings}).BPFFS == conf.BPFFS
 }
 
 // anyPending says whether there is something to adopt.
 func anyPending(conf Config) bool {
 	records, _ := attachment.NewStore(conf.RunDir).List()
-	return slices.ContainsFunc(records, func(r attachment.Record) bool { return isPending(r, conf) })
+	return slices.ContainsFunc(records, func(r attachment.Record) bool {
+		_, ok := pendingOf(r, conf)
+		return ok
+	})
 }

@@ -94,6 +94,33 @@ func TestAdopt(t *testing.T) {
 		probe(t, b)
 		b.wantNothing()
 	})
+	t.Run("deleted without the lock", func(t *testing.T) {
+		for _, at := range []string{"BPFFSIdentity", "Attach", "SetPod"} {
+			b := late(t, request{})
+			b.datapath.during = func(op string) {
+				if op == at {
+					rec, _ := b.record(request{})
+					if err := b.store().Delete(rec.Key); err != nil {
+						t.Error(err)
+					}
+				}
+			}
+			probe(t, b)
+			b.wantNothing()
+		}
+	})
+	t.Run("left half attached", func(t *testing.T) {
+		b := late(t, request{})
+		rec, _ := b.record(request{})
+		rec.Status, rec.CgroupID, rec.CgroupPath, rec.Settings = attachment.Attaching, 101, "/pod-a", rec.Pending.Settings
+		rec.Reason, rec.Pending = "", nil
+		if err := b.store().Put(rec); err != nil {
+			t.Fatal(err)
+		}
+		probe(t, b)
+		b.wantRecord(request{}, attachment.Attached, "")
+		b.wantLinks(101)
+	})
 	t.Run("cgroup of another pod", func(t *testing.T) {
 		b := late(t, request{})
 		b.cgroups.ids["pod-a"] = 103

@@ -111,14 +111,20 @@ func (s *Store) did(step string) {
 //
 // The error wraps [ErrNewerVersion], [ErrInvalid], [ErrUnsafe], or says why
 // the file system refused; then the old record, if any, is still there.
-func (s *Store) Put(r Record) error {
-	if err := s.put(r); err != nil {
+func (s *Store) Put(r Record) error { return s.record(r, (*tree).rename) }
+
+// Replace is Put where there is a record of that key. If there is none, because
+// somebody has deleted it, the error wraps [ErrNotFound]. That needs no lock.
+func (s *Store) Replace(r Record) error { return s.record(r, (*tree).exchange) }
+
+func (s *Store) record(r Record, rename func(t *tree, from, to string) error) error {
+	if err := s.put(r, rename); err != nil {
 		return fmt.Errorf("record attachment (%s): %w", r.Key.describe(), err)
 	}
 	return nil
 }
 
-func (s *Store) put(r Record) error {
+func (s *Store) put(r Record, rename func(t *tree, from, to string) error) error {
 	data, err := r.encode()
 	if err != nil {
 		return err
@@ -161,7 +167,7 @@ func (s *Store) put(r Record) error {
 			return undo(err)
 		}
 	}
-	if err := t.rename(tempPrefix+nonce, file); err != nil {
+	if err := rename(t, tempPrefix+nonce, file); err != nil {
 		return undo(err)
 	}
 	s.did("record renamed")
@@ -475,6 +481,20 @@ func (t *tree) rename(from, to string) error {
 	if err != nil {
 		return &os.LinkError{Op: "rename", Old: filepath.Join(t.att.Name(), from), New: filepath.Join(t.att.Name(), to), Err: err}
 	}
+	return nil
+}
+
+// exchange renames where there is something to replace, else it returns ErrNotFound.
+func (t *tree) exchange(from, to string) error {
+	dir := int(t.att.Fd())
+	err := retry(func() error { return unix.Renameat2(dir, from, dir, to, unix.RENAME_EXCHANGE) })
+	if errors.Is(err, unix.ENOENT) {
+		return ErrNotFound
+	}
+	if err != nil {
+		return &os.LinkError{Op: "exchange", Old: filepath.Join(t.att.Name(), from), New: filepath.Join(t.att.Name(), to), Err: err}
+	}
+	_, _ = unlinkAt(t.att, from) // the old record has the name of a temporary file now
 	return nil
 }
 

@@ -177,6 +177,38 @@ func TestPutGetDelete(t *testing.T) {
 	}
 }
 
+func TestReplace(t *testing.T) {
+	s := newTestStore(t)
+	r := testRecord(1, 0)
+	if err := s.Replace(r); !errors.Is(err, ErrNotFound) {
+		t.Errorf("without a record: %v", err)
+	}
+	mustPut(t, s, r)
+	r = testRecord(1, 7)
+	if err := s.Replace(r); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := s.Get(r.Key); err != nil || got.CgroupID != 7 {
+		t.Errorf("got %+v, %v", got, err)
+	}
+	if got, err := s.ByCgroup(7); err != nil || len(got) != 1 {
+		t.Errorf("got %+v, %v", got, err)
+	}
+	want := snapshot(t, s)
+	mustPut(t, s, r)
+	if got := snapshot(t, s); !slices.Equal(got, want) {
+		t.Errorf("Replace leaves %q, Put %q", want, got)
+	}
+	mustDelete(t, s, r.Key)
+	want = snapshot(t, s)
+	if err := s.Replace(r); !errors.Is(err, ErrNotFound) {
+		t.Errorf("after Delete: %v", err)
+	}
+	if got := snapshot(t, s); !slices.Equal(got, want) {
+		t.Errorf("a Replace in vain leaves %q of %q", got, want)
+	}
+}
+
 func TestPutSetsVersion(t *testing.T) {
 	s := newTestStore(t)
 	r := testRecord(1, 7)

@@ -48,36 +48,36 @@ func (s *slowest) within(t *testing.T) {
 	t.Logf("%d calls took %v in the median, %v at most", len(s.all), s.all[len(s.all)/2], s.all[len(s.all)-1])
 }
 
-// wantMost checks the records of pods that were all added at once. Each is attached
-// and has its link, but for those that a machine with no time to spare has kept from
-// it for the length of their budget: these are plain, and few.
-func (s *site) wantMost(pods []light) {
+// wantAll checks the records of pods that were all added at once. Each gets attached,
+// if later: a machine with no time to spare keeps some from it for the length of
+// their budget. An ADD that could not even write a record leaves a plain pod; there
+// are few.
+func (s *site) wantAll(pods []light) {
 	s.t.Helper()
-	records := map[string]record{}
-	for _, r := range s.records() {
-		records[r.ContainerID] = r
-	}
-	links := s.links()
-	late := 0
-	for _, p := range pods {
-		switch r := records[p.id]; {
-		case r.Status == "attached":
-			if r.CgroupID != p.cgroupID || !slices.Contains(links, p.cgroupID) {
-				s.t.Errorf("attached without a link: %+v", r)
+	var records map[string]record
+	wait(s.t, "the pods are attached", func() (string, bool) {
+		records = map[string]record{}
+		for _, r := range s.records() {
+			records[r.ContainerID] = r
+		}
+		for _, p := range pods {
+			if r, ok := records[p.id]; ok && r.Status != "attached" {
+				return fmt.Sprintf("%+v", r), false
 			}
-		case r.Status == "", r.Status == "attaching", strings.HasPrefix(r.Reason, "busy: "):
-			late++
-		default:
-			s.t.Errorf("record %+v", r)
+		}
+		return "", true
+	})
+	links := s.links()
+	missing := 0
+	for _, p := range pods {
+		if r, ok := records[p.id]; !ok {
+			missing++
+		} else if r.CgroupID != p.cgroupID || !slices.Contains(links, p.cgroupID) {
+			s.t.Errorf("attached without a link: %+v", r)
 		}
 	}
-	if late > len(pods)/5 {
-		s.t.Errorf("%d of %d pods are plain", late, len(pods))
-	}
-	for _, id := range links {
-		if !slices.ContainsFunc(s.records(), func(r record) bool { return r.CgroupID == id }) {
-			s.t.Errorf("the link of cgroup %d has no record", id)
-		}
+	if missing > len(pods)/5 {
+		s.t.Errorf("%d of %d pods have no record", missing, len(pods))
 	}
 }
 
@@ -96,7 +96,7 @@ func TestConcurrent(t *testing.T) {
 			}
 		}
 		wg.Wait()
-		s.wantMost(added)
+		s.wantAll(added)
 	}
 	atOnce(going, nil)
 	atOnce(coming, going)
@@ -108,27 +108,25 @@ func TestConcurrent(t *testing.T) {
 		wg.Go(func() { s.want(0, took.saw(s.run(p.call().del()))) })
 	}
 	wg.Wait()
-	var links []uint64
 	for _, r := range s.records() {
-		links = append(links, r.CgroupID)
-	}
-	for _, id := range s.links() {
-		if !slices.Contains(links, id) {
-			t.Errorf("the link of cgroup %d has no record", id)
+		if r.Status == "attached" && !slices.Contains(s.links(), r.CgroupID) {
+			t.Errorf("no link, but the record %+v", r)
 		}
 	}
 	for _, p := range slices.Concat(going, coming) {
 		s.want(0, s.run(p.call().del()))
 	}
 	took.within(t)
-	if left := s.links(); len(left) > 5 { // of DELs that came too late
+	// DELs that did not get the lock in time leave links, which are swept when their
+	// cgroups are gone.
+	if left := s.links(); len(left) > (len(going)+len(coming))/2 {
 		t.Errorf("links %v are left", left)
 	}
 	for _, p := range slices.Concat(going, coming) {
 		p.remove(t)
 	}
 	s.waitSwept()
-	if left := must(filepath.Glob(filepath.Join(s.RunDir, "*")))(t); len(left) > 5 {
+	if left := must(filepath.Glob(filepath.Join(s.RunDir, "*")))(t); len(left) > 6 {
 		t.Errorf("run directory: %v", left)
 	}
 }
