@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -17,6 +18,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/containernetworking/cni/libcni"
+	appsv1 "k8s.io/api/apps/v1"
+	"sigs.k8s.io/yaml"
 
 	"github.com/skipstack/skipstack/plugin"
 	"github.com/skipstack/skipstack/test/datapath/traffic"
@@ -35,6 +38,12 @@ type agent struct {
 // agent starts an agent on the node, and has it end with the test.
 func (s *site) agent(args ...string) *agent {
 	s.t.Helper()
+	return s.agentBy(nil, args...)
+}
+
+// agentBy has another program start it.
+func (s *site) agentBy(starter []string, args ...string) *agent {
+	s.t.Helper()
 	a := &agent{s: s, end: make(chan error, 1)}
 	check(s.t, s.Do(func() error {
 		l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -44,10 +53,11 @@ func (s *site) agent(args ...string) *agent {
 		a.addr = l.Addr().String()
 		return l.Close()
 	}))
-	a.cmd = exec.Command(program(), append([]string{
+	command := append(append(starter, program()), append([]string{
 		"agent", "--listen", a.addr, "--cni-conf-dir", s.ConfDir, "--cni-bin-dir", s.BinDir, "--cni-cache-dir", s.CacheDir,
 		"--bpffs", s.BPFFS, "--run-dir", s.RunDir, "--cgroup-root", s.CgroupRoot, "--pod-metrics", "10",
 	}, args...)...)
+	a.cmd = exec.Command(command[0], command[1:]...)
 	a.cmd.Stderr = &a.log
 	a.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: unix.SIGKILL}
 	check(s.t, s.Do(a.cmd.Start))
@@ -189,5 +199,36 @@ func TestAgent(t *testing.T) {
 	check(t, load.Stop())
 	if raw := must(os.ReadFile(file))(t); !strings.Contains(string(raw), plugin.Type) {
 		t.Errorf("the entry went with the agent: %s", raw)
+	}
+}
+
+// The capabilities that the manifest lists are enough, on a node that has not been
+// probed and where nothing is loaded.
+func TestAgentCapabilities(t *testing.T) {
+	node.Need(t)
+	raw := must(os.ReadFile("../../conf/kubernetes/skipstack.yaml"))(t)
+	var d appsv1.DaemonSet
+	check(t, yaml.UnmarshalStrict(raw, &d))
+	set := "-all"
+	for _, c := range d.Spec.Template.Spec.Containers[0].SecurityContext.Capabilities.Add {
+		set += ",+" + strings.ToLower(string(c))
+	}
+	setpriv, err := exec.LookPath("setpriv") // util-linux
+	check(t, err)
+	v := theVerdict(t)
+	s := newSite(t, options{unprobed: true})
+	check(t, os.WriteFile(filepath.Join(s.ConfDir, "10-primary.conflist"), must(node.WithoutSkipstack(s.network(node.Network{})))(t).Bytes, 0o644))
+	a := s.agentBy([]string{setpriv, "--bounding-set", set, "--inh-caps", set, "--"})
+	a.waitReady()
+	if got := a.metric("skipstack_datapath_open"); got != 1 {
+		t.Errorf("open: %v; %s", got, a.log.take())
+	}
+	for _, risk := range []string{"splice", "fionread", "epoll", "uncharged"} {
+		if got := a.metric(fmt.Sprintf("skipstack_kernel_risk{risk=%q}", risk)); (got == 1) != slices.Contains(v.Risks, risk) {
+			t.Errorf("risk %s is %v; with all capabilities the risks are %v", risk, got, v.Risks)
+		}
+	}
+	if err := a.stop(unix.SIGTERM); err != nil {
+		t.Error(err)
 	}
 }
