@@ -558,6 +558,8 @@ static __always_inline enum message_outcome classify(struct sk_msg_md *msg, stru
 	    tp->inet_conn.icsk_inet.sk.__sk_common.skc_prot->memory_allocated->counter >
 		    (__s64)e->low_mark)
 		return MESSAGE_MEMORY;
+	if (short_of_memory(e, msg->size))
+		return MESSAGE_MEMORY;
 	return MESSAGE_REDIRECTED;
 }
 

@@ -104,6 +104,8 @@ type DatapathEndpoint struct {
 	Checked    uint64
 	PeerPsock  uint64
 	LowMark    uint64
+	Tightest   uint64
+	Most       uint64
 	Generation uint32
 	Gate       uint32
 	PodLimit   uint32

@@ -59,6 +59,8 @@ struct endpoint {
 	__u64 checked;	  /* jiffies */
 	__u64 peer_psock; /* address */
 	__u64 low_mark;	  /* tcp_mem[0], pages */
+	__u64 tightest;	  /* address of the usage that limits the receiver's memory cgroup, 0: none does */
+	__u64 most;	  /* pages, of that usage */
 	__u32 generation; /* of struct control */
 	__u32 gate;	  /* 1: open */
 	__u32 pod_limit;  /* bytes, of the receiver's pod */

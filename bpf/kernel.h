@@ -28,19 +28,6 @@ typedef struct {
 	__s64 counter;
 } atomic64_t;
 
-struct page_counter {
-	unsigned long max;
-	struct page_counter *parent;
-};
-
-struct mem_cgroup {
-	struct page_counter memory;
-	__u64 socket_pressure; /* jiffies; unsigned long before 6.17 */
-	struct page_counter tcpmem; /* cgroup v1 */
-	bool tcpmem_active;	    /* cgroup v1 */
-	int tcpmem_pressure;	    /* cgroup v1 */
-};
-
 struct kernfs_node {
 	__u64 id;
 };
@@ -50,9 +37,37 @@ struct cgroup_subsys_state {
 	struct cgroup_subsys_state *parent;
 };
 
+struct cgroup_root {
+	int hierarchy_id; /* 0: cgroup v2 */
+};
+
 struct cgroup {
 	struct cgroup_subsys_state self;
 	struct kernfs_node *kn;
+	struct cgroup_root *root;
+};
+
+struct page_counter {
+	atomic64_t usage; /* pages */
+	unsigned long max;
+	struct page_counter *parent;
+};
+
+#define LRU_LISTS 5	    /* NR_LRU_LISTS, include/linux/mmzone.h */
+#define LRU_INACTIVE_FILE 2 /* followed by LRU_ACTIVE_FILE */
+
+struct mem_cgroup_per_node {
+	unsigned long lru_zone_size[1][LRU_LISTS]; /* pages */
+};
+
+struct mem_cgroup {
+	struct cgroup_subsys_state css;
+	struct page_counter memory;
+	struct mem_cgroup_per_node *nodeinfo[1]; /* as many as there are nodes */
+	__u64 socket_pressure; /* jiffies; unsigned long before 6.17 */
+	struct page_counter tcpmem; /* cgroup v1 */
+	bool tcpmem_active;	    /* cgroup v1 */
+	int tcpmem_pressure;	    /* cgroup v1 */
 };
 
 struct sock_cgroup_data {

@@ -19,7 +19,19 @@
 /* A receiver may hold this part of its memory cgroup. */
 #define MEMORY_SHARE 32
 
+/* And all receivers together so much that this part of it is left, which is at
+ * least and at most so many bytes: for the application, and for what comes by TCP
+ * meanwhile, which the kernel charges even beyond the maximum. */
+#define RESERVED_SHARE 4
+#define LEAST_RESERVE (1ULL << 20)
+#define MOST_RESERVE (64ULL << 20)
+
+/* With so much room, more than any machine copies in a tick, the usage need not
+ * be read for each message. */
+#define PLENTY (1ULL << 30)
+
 #define MAX_CGROUP_DEPTH 16
+#define MAX_ZONES 8
 
 static __always_inline struct sock *peer_of(const struct endpoint *e)
 {
@@ -60,29 +72,78 @@ static __always_inline bool mirrors(struct sock *peer, struct end_key own)
 struct memory {
 	unsigned long pages; /* the least maximum */
 	bool pressure;
+	/* The usage that is nearest to its maximum. */
+	unsigned long usage; /* address */
+	__s64 most;	     /* pages, less a reserve */
+	__s64 room;	     /* pages, to that */
 };
+
+/* consider takes a counter into account that the socket's bytes are charged to. */
+static __always_inline void consider(struct memory *m, struct page_counter *counter, __s64 reclaimable)
+{
+	unsigned long reserve = BPF_CORE_READ(counter, max) / RESERVED_SHARE;
+	__s64 max = BPF_CORE_READ(counter, max), room;
+
+	if (reserve < LEAST_RESERVE >> cfg_page_shift)
+		reserve = LEAST_RESERVE >> cfg_page_shift;
+	if (reserve > MOST_RESERVE >> cfg_page_shift)
+		reserve = MOST_RESERVE >> cfg_page_shift;
+	max += reclaimable - reserve;
+	room = max - BPF_CORE_READ(counter, usage.counter);
+	if (room >= m->room)
+		return;
+	m->room = room;
+	m->most = max;
+	m->usage = (unsigned long)counter + bpf_core_field_offset(counter->usage);
+}
+
+/* page_cache is how much of the memory cgroup's own memory the kernel could take
+ * back for the asking: half of the pages of files on the first node. The rest
+ * may be dirty, or be needed. */
+static __always_inline __s64 page_cache(struct mem_cgroup *memcg)
+{
+	struct mem_cgroup_per_node *node = BPF_CORE_READ(memcg, nodeinfo[0]);
+	__u32 zone = LRU_LISTS * sizeof(unsigned long), size;
+	unsigned long file[2];
+	unsigned long pages = 0;
+
+	if (!bpf_core_field_exists(node->lru_zone_size))
+		return 0;
+	size = bpf_core_field_size(node->lru_zone_size);
+	for (int i = 0; i < MAX_ZONES && zone * (i + 1) <= size; i++) {
+		if (bpf_probe_read_kernel(file, sizeof(file),
+					  (void *)node + bpf_core_field_offset(node->lru_zone_size) +
+						  zone * i + LRU_INACTIVE_FILE * sizeof(file[0])))
+			break;
+		pages += file[0] + file[1];
+	}
+	return pages / 2;
+}
 
 /* walk goes from a page counter to the root. struct page_counter leads from a
  * memory cgroup to its parent and is at the same place in each, so with it the
  * walk can look at the cgroups themselves: socket_pressure tells, as a time,
  * until when one is short (mem_cgroup_under_socket_pressure(),
  * include/linux/memcontrol.h). */
-static __always_inline struct memory walk(struct page_counter *counter, __u64 now)
+static __always_inline void walk(struct mem_cgroup *memcg, struct memory *m, __u64 now)
 {
-	struct memory m = {.pages = ~0UL};
+	/* Cgroup v1 charges sockets to tcpmem only. */
+	bool charged = !BPF_CORE_READ(memcg, css.cgroup, root, hierarchy_id);
+	__s64 reclaimable = charged ? page_cache(memcg) : 0;
+	struct page_counter *counter = &memcg->memory;
 
 	for (int i = 0; i < MAX_CGROUP_DEPTH && counter; i++) {
-		struct mem_cgroup *memcg =
-			(void *)counter - bpf_core_field_offset(struct mem_cgroup, memory);
 		unsigned long max = BPF_CORE_READ(counter, max);
 
-		if (max < m.pages)
-			m.pages = max;
+		memcg = (void *)counter - bpf_core_field_offset(struct mem_cgroup, memory);
+		if (max < m->pages)
+			m->pages = max;
 		if ((__s64)(BPF_CORE_READ(memcg, socket_pressure) - now) > 0)
-			m.pressure = true;
+			m->pressure = true;
+		if (charged)
+			consider(m, counter, reclaimable);
 		counter = BPF_CORE_READ(counter, parent);
 	}
-	return m;
 }
 
 /* walk_v1 looks at the TCP memory limits that only cgroup v1 has. */
@@ -101,8 +162,25 @@ static __always_inline void walk_v1(struct mem_cgroup *memcg, struct memory *m)
 			m->pages = max;
 		if (BPF_CORE_READ(memcg, tcpmem_pressure))
 			m->pressure = true;
+		consider(m, counter, 0);
 		counter = BPF_CORE_READ(counter, parent);
 	}
+}
+
+/* short_of_memory tells if the receiver's memory cgroup has no room for so many
+ * bytes. Redirecting them would charge them at once, where TCP can wait: without
+ * room, send(2) would fail with ENOMEM, or the kernel would kill a process of
+ * the receiver. What the counter says changes with each message, of all
+ * connections, so it is read for each. */
+static __always_inline bool short_of_memory(const struct endpoint *e, __u32 bytes)
+{
+	__s64 usage;
+
+	if (!e->tightest)
+		return false;
+	if (bpf_probe_read_kernel(&usage, sizeof(usage), (void *)(unsigned long)e->tightest))
+		return true;
+	return usage + (bytes >> cfg_page_shift) + 1 > (__s64)e->most;
 }
 
 /* refresh brings what changes slowly up to date: whether both pods still take
@@ -111,7 +189,7 @@ static __always_inline void refresh(struct endpoint *e, struct sock *peer, const
 				    __u32 generation, __u64 now)
 {
 	struct mem_cgroup *memcg;
-	struct memory m = {.pages = ~0UL};
+	struct memory m = {.pages = ~0UL, .room = PLENTY >> cfg_page_shift};
 	__u32 limit, room;
 	bool locked;
 
@@ -139,6 +217,7 @@ static __always_inline void refresh(struct endpoint *e, struct sock *peer, const
 	if (room < limit)
 		limit = room;
 	e->pressure = 0;
+	e->tightest = 0;
 	/* The memory cgroup of a server's socket is set by accept(2); until
 	 * then nobody would pay for more than a little. */
 	if (!BPF_CORE_READ(peer, sk_socket) && limit > LEAST_LIMIT)
@@ -146,9 +225,11 @@ static __always_inline void refresh(struct endpoint *e, struct sock *peer, const
 	/* The low bits are flags in some kernels. */
 	memcg = (void *)((unsigned long)BPF_CORE_READ(peer, sk_memcg) & ~7UL);
 	if (memcg) {
-		m = walk(&memcg->memory, now);
+		walk(memcg, &m, now);
 		walk_v1(memcg, &m);
 		e->pressure = m.pressure;
+		e->tightest = m.usage;
+		e->most = m.most;
 	}
 	if (m.pages < ((unsigned long)limit * MEMORY_SHARE) >> cfg_page_shift) {
 		__u32 share = (m.pages << cfg_page_shift) / MEMORY_SHARE;

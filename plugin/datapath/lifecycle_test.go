@@ -477,7 +477,7 @@ func TestLayoutIsFixed(t *testing.T) {
 	}
 	want := map[string][2]uint32{ // key and value size, layout 1
 		bpf.DatapathMapConnections:     {8, 72},
-		bpf.DatapathMapEndpoints:       {4, 184},
+		bpf.DatapathMapEndpoints:       {4, 200},
 		bpf.DatapathMapFunnelNext:      {8, 16},
 		bpf.DatapathMapPods:            {8, 84},
 		bpf.DatapathMapPodsCount:       {8, 128},

@@ -291,4 +291,10 @@ var mutations = []mutation{
 		old:  "	__sync_fetch_and_sub(&pc->live, 1);\n",
 		test: "^TestNothingIsKept$",
 	},
+	{
+		name: "the receiver's memory cgroup has room",
+		file: "datapath.bpf.c",
+		old:  "	if (short_of_memory(e, msg->size))\n		return MESSAGE_MEMORY;\n",
+		test: "^TestMemoryLimit$/^funnel$/^4096_bytes,_full_true$",
+	},
 }

@@ -82,6 +82,9 @@ func (h *Host) Close() error {
 	return errors.Join(h.control.Close(), h.process.Wait())
 }
 
+// Pid is the process id of the host.
+func (h *Host) Pid() int { return h.process.Pid() }
+
 // Kill kills the host with SIGKILL.
 func (h *Host) Kill() error { return h.process.Kill() }
 
