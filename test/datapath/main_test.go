@@ -22,7 +22,7 @@ func TestMain(m *testing.M) {
 		os.Setenv(tcpMemEnv, string(data))
 	}
 	os.Exit(node.Main(m, node.MainOptions{
-		Workers: map[string]node.Worker{traffic.WorkerName: traffic.Worker},
+		Workers: map[string]node.Worker{traffic.WorkerName: traffic.Worker, pushName: push},
 		Tools:   []string{"bridge", "host-local"},
 	}))
 }

@@ -48,7 +48,7 @@ func TestNeverReads(t *testing.T) {
 // of them hold more than TCP may before it is short of memory.
 func TestManyNeverRead(t *testing.T) {
 	node.Need(t)
-	const connections = 200
+	const connections = 1000
 	limit := lowMark(t) * 3 / 2 / connections
 	m := neverReads(t, datapath.NodeSettings{Funnel: true}, connections, 64<<10, uint32(limit))
 	// The other half of the machine's CPUs may be on its way over the mark.
