@@ -210,7 +210,7 @@ type prober struct {
 func (p *prober) close() error {
 	errs := []error{p.endWorker(), p.set.Close()}
 	if p.scratch != nil {
-		errs = append(errs, p.scratch.remove())
+		errs = append(errs, p.scratch.remove(p.ending()))
 	}
 	return errors.Join(errs...)
 }
@@ -221,8 +221,11 @@ func (p *prober) endWorker() error {
 	}
 	w := p.worker
 	p.worker = nil
-	return w.kill()
+	return w.kill(p.ending())
 }
+
+// ending is how long the end of a worker, and of its cgroup, may take.
+func (p *prober) ending() time.Duration { return time.Second * max(1, p.slowness) }
 
 // probe makes the probes. Errors are about this process, not about the kernel.
 func (p *prober) probe(ctx context.Context) (err error) {
@@ -256,6 +259,7 @@ func (p *prober) begin(ctx context.Context) (err error) {
 		return err
 	}
 	// The first worker must start: what keeps it from it is no verdict.
+	p.slowness = min(1+time.Since(p.start)/ordinaryStart, slowest)
 	if err := p.startWorker(ctx, hello+time.Since(p.start)); err != nil {
 		return privilege(err)
 	}

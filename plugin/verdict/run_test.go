@@ -383,7 +383,7 @@ func TestSweep(t *testing.T) {
 			t.Errorf("%s: %v", dir, err)
 		}
 	}
-	if err := errors.Join(live.remove(), os.Remove(foreign)); err != nil {
+	if err := errors.Join(live.remove(20*time.Second), os.Remove(foreign)); err != nil {
 		t.Error(err)
 	}
 }

@@ -76,10 +76,10 @@ func lockDir(path string) (*os.File, uint64, error) {
 }
 
 // remove removes the cgroup. A process that has just ended may hold it a moment
-// longer; more than a second is an error.
-func (s *scratch) remove() error {
+// longer; more than the given time is an error.
+func (s *scratch) remove(within time.Duration) error {
 	defer s.dir.Close()
-	end := time.Now().Add(time.Second)
+	end := time.Now().Add(within)
 	for {
 		err := unix.Rmdir(s.dir.Name())
 		if err == nil || errors.Is(err, unix.ENOENT) {

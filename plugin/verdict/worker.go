@@ -190,15 +190,15 @@ func startWorker(exe string, args []string, cgroup *os.File) (*worker, error) {
 	return w, nil
 }
 
-// kill ends the worker and waits for its end no longer than a second.
-func (w *worker) kill() error {
+// kill ends the worker and waits for its end no longer than that.
+func (w *worker) kill(within time.Duration) error {
 	_ = w.cmd.Process.Kill() // says only that it has ended already
 	_ = w.in.Close()
 	go func() {
 		for range w.replies { // nobody else reads them now
 		}
 	}()
-	end := time.NewTimer(time.Second)
+	end := time.NewTimer(within)
 	defer end.Stop()
 	select {
 	case <-w.ended:
