@@ -93,7 +93,7 @@ func statusText(r plugin.Report) string {
 	fmt.Fprintln(w, "POD\tSTATE\tCONNECTIONS\tREDIRECTED\tPASSED\tBYPASSED\tPLAIN BECAUSE")
 	for _, p := range r.Pods {
 		fmt.Fprintf(w, "%s\t%s\t%d\t%s\t%s\t%s\t%s\n", printable(p.Title()), p.State, p.Connections,
-			size(p.Redirected.Bytes), size(p.Passed.Bytes), percent(p.Bypassed), cmp.Or(printable(p.Reason), "-"))
+			size(p.Redirected.Bytes), size(p.Passed.Bytes), share(p), cmp.Or(printable(p.Reason), "-"))
 	}
 	w.Flush() // to memory
 	return trimLines(b.String())
@@ -168,6 +168,14 @@ func size(n uint64) string {
 }
 
 const units = "kMGTPE"
+
+// share is what the pod bypassed, if it has sent anything.
+func share(p plugin.PodReport) string {
+	if p.Redirected.Bytes+p.Passed.Bytes == 0 {
+		return "-"
+	}
+	return percent(p.Bypassed)
+}
 
 func percent(share float64) string { return fmt.Sprintf("%.1f %%", 100*share) }
 
