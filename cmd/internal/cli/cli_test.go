@@ -71,7 +71,11 @@ func (f *fake) HasLink(string, uint64) (bool, error) { return f.loaded, nil }
 func (f *fake) Unload(_ context.Context, _ string, force bool) (datapath.Remaining, error) {
 	left := datapath.Remaining{Sockets: f.sockets}
 	f.force, f.loaded = force, false
-	return left, nil
+	if f.closing == 1 {
+		left.Sockets = 0
+	}
+	f.closing = max(0, f.closing-1)
+	return left, f.fail
 }
 func (f *fake) LiveInKernel() (uint64, error) { return f.sockets, nil }
 

@@ -180,7 +180,7 @@ func (c *cli) switchCommand(use, short string, off bool, long string) *cobra.Com
 			}
 			var waitErr error
 			if wait {
-				if waitErr = c.wait(cmd.Context(), got, timeout); waitErr == nil {
+				if waitErr = c.wait(cmd.Context(), timeout, got.Left); waitErr == nil {
 					got.Sockets = 0
 				} else if sockets, err := got.Left(); err == nil {
 					got.Sockets = sockets

@@ -16,6 +16,7 @@ import (
 	"github.com/skipstack/skipstack/cmd/internal/conflist"
 	"github.com/skipstack/skipstack/conf"
 	"github.com/skipstack/skipstack/plugin"
+	"github.com/skipstack/skipstack/plugin/datapath"
 )
 
 // lockTimeout is how long install and uninstall wait for another one.
@@ -238,6 +239,7 @@ their deletion may call it. Run it again when they are gone.
 Pods that are attached stay so, and accelerated, until they are deleted. With --drain
 acceleration is switched off, uninstall waits until the last accelerated connection has
 closed, and then unloads the datapath: nothing of skipstack is left in the kernel.
+Other nodes on the same kernel, such as those of kind, are left alone.
 
 Where an agent keeps the entry, remove that first.
 
@@ -329,22 +331,22 @@ func (c *cli) uninstalled(r conflist.Report, dryRun bool, drained *plugin.Unload
 	return nil
 }
 
-// drain switches acceleration off, waits until the last enrolled socket has closed, and
-// unloads the datapath.
+// drain makes all connections of this node's pods plain, waits until the last enrolled
+// socket has closed, and unloads the datapath. Unlike off it reaches no nested node.
 func (c *cli) drain(ctx context.Context, node *plugin.Node, conf plugin.Config, timeout time.Duration) (plugin.Unloaded, error) {
-	got, err := node.Switch(conf, true)
-	if errors.Is(err, errNothingLoaded) {
-		return plugin.Unloaded{}, nil
-	}
-	if err != nil {
-		return plugin.Unloaded{}, err
-	}
-	if err := c.wait(ctx, got, timeout); err != nil {
-		return plugin.Unloaded{}, err
-	}
 	out, err := node.Unload(ctx, conf, true)
-	if err == nil && out.Sockets > 0 { // accepted by a pod's program meanwhile
-		err = &leftOpen{out.Sockets, timeout}
+	if errors.Is(err, datapath.ErrNoBPFFS) {
+		return out, nil // so it was never loaded, or its pins are gone
+	}
+	if err != nil || out.Sockets == 0 {
+		return out, err
+	}
+	err = c.wait(ctx, timeout, func() (uint64, error) {
+		again, err := node.Unload(ctx, conf, true) // counts, and takes what is left
+		return again.Sockets, err
+	})
+	if err == nil {
+		out.Sockets = 0
 	}
 	return out, err
 }

@@ -6,17 +6,11 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
-
-	"github.com/skipstack/skipstack/plugin"
-	"github.com/skipstack/skipstack/plugin/datapath"
 )
-
-// errNothingLoaded is what switching finds where there is nothing to switch.
-var errNothingLoaded = datapath.ErrNotLoaded
 
 const (
 	// waitPoll is how often enrolled sockets are counted: some thousand map entries.
-	waitPoll = 250 * time.Millisecond
+	waitPoll = 500 * time.Millisecond
 	// waitReport is how often progress is printed.
 	waitReport = 5 * time.Second
 )
@@ -31,9 +25,9 @@ func (e *leftOpen) Error() string {
 	return fmt.Sprintf("%s still open after %v: they go on by TCP; run it again, with a longer --timeout, or restart the pods", plural(e.sockets, "enrolled socket"), e.timeout)
 }
 
-// wait waits until the sockets that were switched off have closed, for timeout at the
-// most unless that is 0. Progress goes to standard error.
-func (c *cli) wait(ctx context.Context, s plugin.Switched, timeout time.Duration) error {
+// wait waits until no enrolled sockets are left, for timeout at the most unless that
+// is 0. Progress goes to standard error.
+func (c *cli) wait(ctx context.Context, timeout time.Duration, left func() (uint64, error)) error {
 	waiting := ctx
 	if timeout > 0 {
 		var cancel context.CancelFunc
@@ -42,7 +36,7 @@ func (c *cli) wait(ctx context.Context, s plugin.Switched, timeout time.Duration
 	}
 	start, reported, said := time.Now(), time.Time{}, uint64(0)
 	for {
-		sockets, err := s.Left()
+		sockets, err := left()
 		if err != nil {
 			return fmt.Errorf("count enrolled sockets: %w", err)
 		}

@@ -1,0 +1,97 @@
+package cni_test
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/containernetworking/cni/libcni"
+
+	"github.com/skipstack/skipstack/test/node"
+)
+
+// Installed by the command, pods are attached; drained, nothing is left of it, and no
+// connection has broken.
+func TestInstallAndDrain(t *testing.T) {
+	node.Need(t)
+	restore := node.OtherSwitches(0) // `off` reaches those too
+	t.Cleanup(func() { check(t, restore()) })
+	s := newSite(t, options{})
+	confDir, binDir := filepath.Join(s.Dir, "installed", "net.d"), filepath.Join(s.Dir, "installed", "bin")
+	check(t, errors.Join(os.MkdirAll(confDir, 0o755), os.MkdirAll(binDir, 0o755)))
+	sample, file := filepath.Join(s.Dir, "sample.conflist"), filepath.Join(confDir, "10-n.conflist")
+	list := s.network(node.Network{}).Bytes
+	check(t, errors.Join(os.WriteFile(sample, list, 0o644), os.WriteFile(file, list, 0o644)))
+	run := func(args ...string) outcome {
+		return s.cli(append(args, "--cni-conf-dir", confDir, "--cni-bin-dir", binDir)...)
+	}
+	uninstall := []string{"uninstall", "--cni-cache-dir", filepath.Join(s.Dir, "none")}
+	s.wantCLI(0, "as it was before install", "", run(uninstall...))
+	plain := must(os.ReadFile(file))(t)
+
+	s.wantCLI(0, "has the entry now", "", run("install", "--config", sample))
+	if got, want := must(os.ReadFile(filepath.Join(binDir, "skipstack")))(t), must(os.ReadFile(program()))(t); !bytes.Equal(got, want) {
+		t.Errorf("the plugin has %d bytes, this program %d", len(got), len(want))
+	}
+	client, server := s.twoPods(must(libcni.NetworkConfFromFile(file))(t), node.PodOptions{})
+	a, b := s.connect(direct(client, server))
+	s.wantRedirected(a, b)
+
+	s.wantCLI(1, "switched off", "2 enrolled sockets still open after 100ms", s.cli("off", "--wait", "--timeout", "100ms"))
+	s.wantSwitchedOff(a, b)
+	s.wantCLI(0, "switched on", "", s.cli("on"))
+	s.wantRedirected(a, b)
+
+	done := make(chan outcome, 1)
+	go func() { done <- run(append(uninstall, "--drain", "--timeout", "50s")...) }()
+	wait(t, "messages go by TCP", func() (string, bool) {
+		d := s.say(a, b)
+		return "", d.Messages["redirected"].Messages == 0 && d.Messages["switched_off"].Messages == 1
+	})
+	if got := must(os.ReadFile(file))(t); !bytes.Equal(got, plain) {
+		t.Errorf("while it drains, the list is\n%s\nwant\n%s", got, plain)
+	}
+	s.wantSwitchedOff(b, a)
+	select {
+	case got := <-done:
+		t.Errorf("it did not wait: %+v", got)
+	default:
+	}
+	check(t, errors.Join(a.Close(), b.Close()))
+	s.wantCLI(0, "The datapath is unloaded; 2 pods detached.", "Enrolled sockets left: 2", <-done)
+	for _, path := range []string{filepath.Join(s.BPFFS, "skipstack"), filepath.Join(binDir, "skipstack")} {
+		if _, err := os.Stat(path); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("%s is there: %v", path, err)
+		}
+	}
+	s.wantPlain("drained", direct(client, server))
+	s.wantCLI(0, "Nothing was installed", "", run(append(uninstall, "--drain")...))
+}
+
+// With the BPF file system unmounted under traffic, off reaches the sockets all the
+// same, and counts them.
+func TestOffWithoutPins(t *testing.T) {
+	node.Need(t)
+	restore := node.OtherSwitches(0)
+	t.Cleanup(func() { check(t, restore()) })
+	s := newSite(t, options{})
+	client, server := s.twoPods(s.network(node.Network{}), node.PodOptions{})
+	a, b := s.connect(direct(client, server))
+	s.wantRedirected(a, b)
+	s.reboot(true)
+	var got struct {
+		SwitchedOff bool   `json:"switchedOff"`
+		Sockets     uint64 `json:"sockets"`
+	}
+	out := s.cli("off", "--json")
+	// Others on this machine may have some, too.
+	if err := json.Unmarshal([]byte(out.stdout), &got); err != nil || out.code != 0 || !got.SwitchedOff || got.Sockets < 2 {
+		t.Errorf("error %v, %+v", err, out)
+	}
+	s.say(a, b)
+	s.say(b, a)
+}
