@@ -29,9 +29,11 @@ type condition struct {
 var (
 	unguarded = &condition{"where splice(2) cannot be guarded", func(k kernel) bool { return k.Risks&datapath.RiskSplice != 0 }}
 	guarded   = &condition{"where splice(2) is guarded", func(k kernel) bool { return k.Risks&datapath.RiskSplice == 0 }}
-	funnelled = &condition{"where FIONREAD needs the funnel (see datapath.md)", func(k kernel) bool { return k.Funnel }}
-	always    = &condition{"everywhere", func(kernel) bool { return true }}
-	uncounted = &condition{"where FIONREAD does not count redirected bytes", func(k kernel) bool { return k.Risks&datapath.RiskFIONREAD != 0 }}
+	// Kernels without kTLS refuse to attach it to any socket.
+	refusesKeys = &condition{text: "on some kernels (seen on 6.12.117)"}
+	funnelled   = &condition{"where FIONREAD needs the funnel (see datapath.md)", func(k kernel) bool { return k.Funnel }}
+	always      = &condition{"everywhere", func(kernel) bool { return true }}
+	uncounted   = &condition{"where FIONREAD does not count redirected bytes", func(k kernel) bool { return k.Risks&datapath.RiskFIONREAD != 0 }}
 )
 
 // Reasons that explain several deviations.
@@ -74,43 +76,43 @@ var deviations = []deviation{
 		name:     "signal with SA_RESTART",
 		differs:  "a blocking recv returns EAGAIN where plain TCP goes on waiting",
 		why:      waitsOnce,
-		switched: funnelled,
+		switched: always,
 	},
 	{
 		name:     "signal without SA_RESTART",
 		differs:  "a blocking recv returns EAGAIN where plain TCP returns EINTR",
 		why:      waitsOnce,
-		switched: funnelled,
+		switched: always,
 	},
 	{
 		name:     "signal without SA_RESTART and SO_RCVTIMEO",
 		differs:  "a blocking recv returns EAGAIN where plain TCP returns EINTR",
 		why:      waitsOnce,
-		switched: funnelled,
+		switched: always,
 	},
 	{
 		name:     "two readers",
 		differs:  "of two threads that wait in recv, the one that finds no bytes returns EAGAIN where it goes on waiting with plain TCP",
 		why:      waitsOnce,
-		switched: funnelled,
+		switched: always,
 	},
 	{
 		name:     "shutdown(SHUT_RD) by another thread while recv waits",
 		differs:  "the waiting recv returns EAGAIN where plain TCP returns 0; the next one returns 0",
 		why:      waitsOnce,
-		switched: funnelled,
+		switched: always,
 	},
 	{
 		name:     "shutdown(SHUT_WR) by another thread while recv waits",
 		differs:  "the waiting recv returns EAGAIN where it goes on with plain TCP",
 		why:      waitsOnce,
-		switched: funnelled,
+		switched: always,
 	},
 	{
 		name:     "RST while recv waits",
 		differs:  "the waiting recv returns EAGAIN where plain TCP returns ECONNRESET; the next one reports the error",
 		why:      waitsOnce,
-		switched: funnelled,
+		switched: always,
 	},
 	{
 		name:     "SO_PEEK_OFF",
@@ -202,6 +204,20 @@ var deviations = []deviation{
 		name:    "SO_ATTACH_FILTER",
 		differs: "redirected bytes pass by a socket's own packet filter",
 		why:     noSegments + ", which `tcp_filter()` could look at",
+	},
+	{
+		name:     "kTLS",
+		differs:  "setsockopt(2) refuses the keys with EINVAL, and TLS libraries go on in user space",
+		why:      "the tls module takes no keys for a socket that is in a sockmap",
+		where:    refusesKeys,
+		switched: always,
+	},
+	{
+		name:     "kTLS on a connection in use",
+		differs:  "setsockopt(2) refuses the keys with EINVAL, and TLS libraries go on in user space",
+		why:      "the tls module takes no keys for a socket that is in a sockmap",
+		where:    refusesKeys,
+		switched: always,
 	},
 	{
 		name:     "splice to a pipe",

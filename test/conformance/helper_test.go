@@ -127,7 +127,6 @@ func (c *trial) startHelper(what string, fd int) *running {
 	defer f.Close()
 	h.cmd.ExtraFiles = []*os.File{f}
 	h.cmd.Stdout = h.text
-	h.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: unix.SIGKILL}
 	var err error
 	h.in, err = h.cmd.StdinPipe()
 	c.check(err)

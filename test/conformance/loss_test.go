@@ -10,11 +10,11 @@ import (
 )
 
 var losses = []behaviour{
-	{name: "loss and retransmission", once: true, does: "a fifth of all segments is lost in both directions, random writes both ways, then both ends", run: func(c *trial) {
+	{name: "loss and retransmission", once: true, does: "a tenth of all segments is lost in both directions, random writes both ways, then both ends", run: func(c *trial) {
 		a, b := c.pair()
-		c.drop(c.rig.client, 20)
-		c.drop(c.rig.server, 20)
-		exchangeRandom(a, b, 1<<20)
+		c.drop(c.rig.client, 10)
+		c.drop(c.rig.server, 10)
+		exchangeRandom(a, b, 512<<10)
 		c.note("%s", a.shutdown(unix.SHUT_WR))
 		b.readEnd()
 		b.close()

@@ -38,7 +38,7 @@ func TestMain(m *testing.M) {
 }
 
 const (
-	patience = 30 * time.Second // for what should take no time
+	patience = time.Minute // for what should take no time
 	tick     = time.Millisecond
 
 	maxConnections = 65536

@@ -142,9 +142,10 @@ func address(b []byte) uint64 { return uint64(uintptr(unsafe.Pointer(&b[0]))) }
 // withRing gives a behaviour a ring and a pair.
 func withRing(f func(c *trial, r *ring, a, b *end)) func(c *trial) {
 	return func(c *trial) {
-		// Completions are carried out by the thread that has submitted.
+		// Completions are carried out by the thread that has submitted, and what the
+		// kernel has left to do when the ring is closed interrupts it later
+		// (io_ring_exit_work()). So the thread must end with the trial.
 		runtime.LockOSThread()
-		defer runtime.UnlockOSThread()
 		a, b := c.pair()
 		r := &ring{c: c}
 		fd, _, errno := unix.Syscall(unix.SYS_IO_URING_SETUP, 8, uintptr(unsafe.Pointer(&r.params)), 0)
