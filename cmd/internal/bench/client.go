@@ -14,7 +14,6 @@ import (
 	"os/signal"
 	"slices"
 	"strconv"
-	"text/tabwriter"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -67,16 +66,13 @@ failed), 2 wrong usage.`,
 	o.register(cmd)
 	cmd.Flags().StringVar(&o.target, "target", "", "name or address of the server, a `HOST` without a port")
 	cmd.Flags().DurationVar(&o.wait, "wait", 30*time.Second, "how long to wait for the server to be there, and free")
-	cmd.Flags().IntVar(&o.repeats, "repeats", leastPairs, "pairs of runs for each point")
+	cmd.Flags().IntVar(&o.repeats, "repeats", minRepeats, "pairs of runs for each point")
 	o.files.add(cmd.Flags())
 	return cmd
 }
 
-// Bounds of --repeats: a median takes a few, and a server ends a session at maxSession.
-const (
-	leastPairs = 5
-	mostPairs  = 50
-)
+// mostPairs is the most that fits into a session.
+const mostPairs = 50
 
 func (o *clientOptions) check() error {
 	if err := o.ports.check(); err != nil {
@@ -93,8 +89,8 @@ func (o *clientOptions) check() error {
 		return fmt.Errorf("--target %s: link-local addresses are not supported", o.target)
 	case o.wait < 0:
 		return fmt.Errorf("--wait %v is negative", o.wait)
-	case o.repeats < leastPairs || o.repeats > mostPairs:
-		return fmt.Errorf("--repeats %d: it is %d to %d", o.repeats, leastPairs, mostPairs)
+	case o.repeats < minRepeats || o.repeats > mostPairs:
+		return fmt.Errorf("--repeats %d: it is %d to %d", o.repeats, minRepeats, mostPairs)
 	}
 	if err := o.files.check(); err != nil {
 		return err
@@ -381,6 +377,7 @@ func (s *podSite) measure(ctx context.Context, p Parameters, set func(path Path,
 		return nil, err
 	}
 	r := &runner{site: s, parameters: p, cpus: s.cpus, log: log, rules: s.rules()}
+	start := time.Now()
 	report := newReport(p, s.facts())
 	var err error
 	if report.Header.Verified, err = s.verify(ctx, r); err != nil {
@@ -397,6 +394,7 @@ func (s *podSite) measure(ctx context.Context, p Parameters, set func(path Path,
 		report.Points = append(report.Points, result)
 		fmt.Fprintf(log, "bench: %d/%d %s: ratio %.2f, %s\n", i+1, len(points), point, result.Speedup, result.proof())
 	}
+	report.Header.Duration = time.Since(start).Seconds()
 	return report, nil
 }
 
@@ -422,61 +420,25 @@ func (s *podSite) verify(ctx context.Context, r *runner) (bytes uint64, err erro
 	return bytes, nil
 }
 
-// writePodText writes the report of two existing pods for people, at most 100 columns
-// wide.
+// writePodText writes the report of two existing pods for people.
 func (r *Report) writePodText(w io.Writer, p ports) error {
 	var b bytes.Buffer
 	h := r.Header
-	fmt.Fprintf(&b, "\nLinux %s, %s, %d CPUs.\n", h.Kernel, h.CPU, h.CPUs)
-	fmt.Fprintf(&b, "Path: %s; congestion control %s.\n", h.Network, h.Congestion)
-	fmt.Fprintf(&b, "Medians of %d pairs of runs of %v; plain and accelerated runs differ only in the\n", h.Parameters.Repeats, h.Parameters.Length)
-	fmt.Fprintf(&b, "server's port: %d is plain, %d accelerated.\n", p.plain, p.accelerated)
 	fmt.Fprintln(&b)
-	t := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(t, "test\tpath\tCPU\tmessage\tplain\tskipstack\tratio\tsent\tby TCP\tproof")
-	for _, p := range r.Points {
-		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%s±%.2f\t%s\t%s\t%s\n",
-			p.Test, p.Path, p.cpus(), p.options(), p.Plain.rate(p.Test), p.Accelerated.rate(p.Test), threeDigits(p.Speedup), p.MAD,
-			quantity(float64(p.PayloadBytes), "B"), quantity(float64(p.TCPBytes), "B"), p.Proof)
-	}
-	if err := t.Flush(); err != nil {
-		return err
-	}
-	fmt.Fprintln(&b)
-	t = tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(t, "latency in us\t\t\t\tplain p50\tp99\tskipstack p50\tp99")
-	for _, p := range r.Points {
-		if p.Test != Stream {
-			fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", p.Test, p.Path, p.cpus(), p.message(),
-				micros(p.Plain.P50), micros(p.Plain.P99), micros(p.Accelerated.P50), micros(p.Accelerated.P99))
-		}
-	}
-	if err := t.Flush(); err != nil {
-		return err
-	}
-	fmt.Fprintf(&b, `
-CPU: client and server share one, or have one each.
-ratio: rate with skipstack over plain rate, the median of the pairs' ratios and their median
-absolute deviation.
-sent, by TCP: bytes that the applications sent in the skipstack runs, and those of them that
-TCP carried, by the counters of TCP_INFO. In the plain runs it carried all.
-proof: ok is at least 99 %% past TCP. overflow, of a stream, is at least %.0f %%: while a receiver has
-its limit of unread bytes, the others go by TCP, which makes the sender wait.
-`, 100*leastOverflow)
-	fmt.Fprintf(&b, "Checked byte by byte, apart from the measuring: %s.\n", quantity(float64(r.Header.Verified), "B"))
-	for _, p := range r.Points {
-		for _, i := range p.Outliers {
-			fmt.Fprintf(&b, "Outlier, counted like the others: %s, pair %d: %.2f.\n", p.Point, i+1, p.Speedups[i])
-		}
-	}
-	for _, p := range r.Points {
-		if p.Proof == Failed {
-			fmt.Fprintf(&b, "NOT PROVEN: %s: %s.\n", p.Point, p.Reason)
-		}
-	}
-	if r.Proven() {
-		fmt.Fprintln(&b, "The bypass is proven for every point.")
-	}
+	paragraph(&b, "Linux %s, %s, %d CPUs.", h.Kernel, h.CPU, h.CPUs)
+	paragraph(&b, "Path: %s; congestion control %s.", h.Network, h.Congestion)
+	paragraph(&b, "Medians of %d pairs of runs of %v; plain and accelerated runs differ only in the server's port: %d is plain, %d accelerated.",
+		h.Parameters.Repeats, h.Parameters.Length, p.plain, p.accelerated)
+	r.writeResults(&b, fmt.Sprintf(`
+one CPU, two CPUs: client and server share one, or have one each.
+ratio: rate with skipstack over plain rate, the median of the pairs' ratios and
+  their median absolute deviation.
+sent: payload bytes of the skipstack runs, and how much of it TCP did not carry,
+  by the counters of TCP_INFO, and arrived. In the plain runs it carried all.
+proof: ok is at least 99 %% past TCP; overflow, of a stream, is at least %.0f %%.
+  While a receiver has its limit of unread bytes, the others go by TCP, which
+  makes the sender wait.
+`, 100*leastOverflow))
 	_, err := w.Write(b.Bytes())
 	return err
 }

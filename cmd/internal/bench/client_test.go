@@ -182,7 +182,7 @@ func podClient(args []string) int {
 		return 1
 	}
 	defer s.close()
-	p := Parameters{Repeats: leastPairs, WarmUp: time.Millisecond, Length: minLength, NonBlocking: true}
+	p := Parameters{Repeats: minRepeats, WarmUp: time.Millisecond, Length: minLength, NonBlocking: true}
 	report, err := s.measure(ctx, p, func(path Path, _ int) []Point {
 		all := podPoints(path, 1)
 		return []Point{all[0], all[len(all)-1]}

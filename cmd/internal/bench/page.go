@@ -224,6 +224,9 @@ func (p *page) method() {
 		"The ratio is the rate with skipstack over the plain rate: the median of the pairs' ratios and their median absolute deviation. Over 1, skipstack is faster.")
 	p.element("p", "Redirected is the part of the bytes that skipped the stack. The proof is ok at 99 %; it is overflow if the others went by TCP "+
 		"because the receiver had its limit of unread bytes, which is how a fast sender is slowed down.")
+	if len(h.Plugins) > 0 { // pods of the bench's own
+		p.element("p", "The bench's pods accept the risks splice and blocking, which is right for them: their processes only send and receive, one thread at each socket, and try again on EAGAIN.")
+	}
 	p.markup("</section>\n")
 }
 
@@ -598,13 +601,17 @@ func (p *page) latencyTable(points []Result) {
 // costTable has the BPF programs, too, where they were timed.
 func (p *page) costTable(caption string, points []Result) {
 	all := kinds(points)
-	head := headOf(all)
 	var programs []string
+	values := group{name: "CPU seconds"}
+	for _, k := range all {
+		values.columns = append(values.columns, k.look.Name)
+	}
+	timed := group{name: "BPF, ns per run"}
 	for _, program := range []struct{ name, kind string }{
 		{bpf.DatapathProgRedirect, "sk_msg"}, {bpf.DatapathProgTrack, "sock_ops"}, {bpf.DatapathProgFunnel, "sk_skb"},
 	} {
 		if slices.ContainsFunc(points, func(r Result) bool { return r.program(program.name) != "" }) {
-			programs, head = append(programs, program.name), append(head, program.kind+", ns per run")
+			programs, timed.columns = append(programs, program.name), append(timed.columns, program.kind)
 		}
 	}
 	var rows [][]string
@@ -615,5 +622,9 @@ func (p *page) costTable(caption string, points []Result) {
 		}
 		rows = append(rows, cells)
 	}
-	p.table(caption, head, nil, rows)
+	groups := []group{values}
+	if len(programs) > 0 {
+		groups = append(groups, timed)
+	}
+	p.table(caption, []string{rowHead}, groups, rows)
 }

@@ -22,14 +22,6 @@ func (p Point) options() string {
 	return s
 }
 
-// cpus is the number of CPUs of client and server.
-func (p Point) cpus() string {
-	if p.Placement == CrossCPU {
-		return "2"
-	}
-	return "1"
-}
-
 // message describes the messages' sizes.
 func (p Point) message() string {
 	request, unit := size(p.RequestBytes)

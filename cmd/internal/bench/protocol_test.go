@@ -45,7 +45,7 @@ func startServer(t *testing.T, o serveOptions) (p ports, ended <-chan error, log
 }
 
 func clientOf(p ports) clientOptions {
-	return clientOptions{ports: p, target: "localhost", wait: 30 * time.Second, repeats: leastPairs}
+	return clientOptions{ports: p, target: "localhost", wait: 30 * time.Second, repeats: minRepeats}
 }
 
 func newTestClient(t *testing.T, o clientOptions) (*podSite, error) {
@@ -60,7 +60,7 @@ func newTestClient(t *testing.T, o clientOptions) (*podSite, error) {
 // shortRuns is a runner for runs that only have to work.
 func (s *podSite) shortRuns() *runner {
 	return &runner{site: s, cpus: s.cpus, log: io.Discard, rules: counterRules, parameters: Parameters{
-		Repeats: leastPairs, WarmUp: time.Millisecond, Length: 20 * time.Millisecond, NonBlocking: true,
+		Repeats: minRepeats, WarmUp: time.Millisecond, Length: 20 * time.Millisecond, NonBlocking: true,
 	}}
 }
 
@@ -94,7 +94,7 @@ func TestSessionWithoutAcceleration(t *testing.T) {
 		t.Errorf("path %s", s.path)
 	}
 	s.works(t)
-	_, err = s.measure(t.Context(), Parameters{Repeats: leastPairs, WarmUp: time.Millisecond, Length: minLength, NonBlocking: true}, podPoints, io.Discard)
+	_, err = s.measure(t.Context(), Parameters{Repeats: minRepeats, WarmUp: time.Millisecond, Length: minLength, NonBlocking: true}, podPoints, io.Discard)
 	if err == nil || !strings.Contains(err.Error(), "the bypass is not proven") {
 		t.Errorf("two pods that are not accelerated: %v", err)
 	}

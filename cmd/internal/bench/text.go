@@ -53,14 +53,7 @@ func (r *Report) writeText(w io.Writer) error {
 	fmt.Fprint(&b, "the processes' cgroup. The pods accept two risks, which is right here: splice,\n"+
 		"as the processes only send and recv, and blocking, as one thread reads each\n"+
 		"socket and retries on EAGAIN.\n")
-	for _, left := range h.LeftOut {
-		paragraph(&b, "Left out: %s.", left)
-	}
-	for _, s := range sections(r.Points) {
-		fmt.Fprintf(&b, "\n%s\n", upperFirst(s.title()))
-		writeRates(&b, s.points, h.Parameters.Unix)
-	}
-	fmt.Fprintf(&b, `
+	r.writeResults(&b, `
 one CPU, two CPUs: client and server share one, or have one each.
 ratio: rate with skipstack over plain rate, the median of the pairs' ratios and
   their median absolute deviation. On a busy machine it differs from the ratio
@@ -68,38 +61,51 @@ ratio: rate with skipstack over plain rate, the median of the pairs' ratios and
 sent: payload bytes of the skipstack runs, and how much of it was redirected.
   All of the plain runs' was seen to go by TCP.
 x16: that many connections at once.
-proof: ok is 99 %% redirected; overflow is as much together with what went by TCP
+proof: ok is 99 % redirected; overflow is as much together with what went by TCP
   because the receiver had its limit of unread bytes. Overflow is a pass: a
   receiver slower than its sender is meant to slow it down by TCP, and every
   byte that was not redirected is accounted for.
 `)
-	for _, s := range sections(r.Points) {
-		writeLatencies(&b, s)
+	_, err := w.Write(b.Bytes())
+	return err
+}
+
+// writeResults writes the tables and what follows from them; legend explains the
+// first ones.
+func (r *Report) writeResults(b io.Writer, legend string) {
+	for _, left := range r.Header.LeftOut {
+		paragraph(b, "Left out: %s.", left)
 	}
 	for _, s := range sections(r.Points) {
-		writeCosts(&b, s)
+		fmt.Fprintf(b, "\n%s\n", upperFirst(s.title()))
+		writeRates(b, s.points, r.Header.Parameters.Unix)
 	}
-	fmt.Fprintln(&b)
+	fmt.Fprint(b, legend)
+	for _, s := range sections(r.Points) {
+		writeLatencies(b, s)
+	}
+	for _, s := range sections(r.Points) {
+		writeCosts(b, s)
+	}
+	fmt.Fprintln(b)
 	for _, sentence := range r.crossovers() {
-		fmt.Fprintln(&b, sentence)
+		fmt.Fprintln(b, sentence)
 	}
-	r.writeLosses(&b)
-	fmt.Fprintf(&b, "Checked byte by byte, apart from the measuring: %s.\n", quantity(float64(h.Verified), "B"))
+	r.writeLosses(b)
+	fmt.Fprintf(b, "Checked byte by byte, apart from the measuring: %s.\n", quantity(float64(r.Header.Verified), "B"))
 	for _, p := range r.Points {
 		for _, i := range p.Outliers {
-			paragraph(&b, "Outlier, counted like the others: %s, pair %d: %.2f.", p.Point, i+1, p.Speedups[i])
+			paragraph(b, "Outlier, counted like the others: %s, pair %d: %.2f.", p.Point, i+1, p.Speedups[i])
 		}
 	}
 	for _, p := range r.Points {
 		if p.Proof == Failed {
-			paragraph(&b, "NOT PROVEN: %s: %s.", p.Point, p.Reason)
+			paragraph(b, "NOT PROVEN: %s: %s.", p.Point, p.Reason)
 		}
 	}
 	if r.Proven() {
-		fmt.Fprintln(&b, "The bypass is proven for every point.")
+		fmt.Fprintln(b, "The bypass is proven for every point.")
 	}
-	_, err := w.Write(b.Bytes())
-	return err
 }
 
 // columns is the width of a terminal.
