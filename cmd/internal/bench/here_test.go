@@ -260,3 +260,38 @@ func TestWithoutPlugins(t *testing.T) {
 		t.Errorf("%v, %+v", err, r.Header)
 	}
 }
+
+// What libcni parses afterwards is a list in which skipstack's entry asks for what the
+// bench passes.
+func FuzzWithCapabilities(f *testing.F) {
+	f.Add([]byte(`{"cniVersion":"1.0.0","name":"n","plugins":[{"type":"bridge"},{"type":"skipstack","capabilities":{"bandwidth":true}}]}`))
+	f.Add([]byte(`{"cniVersion":"1.0.0","name":"n","plugins":[{"type":"skipstack","capabilities":3}]}`))
+	f.Add([]byte(`{"plugins":[null,1,"x",{}]}`))
+	f.Add([]byte(`{"plugins":{}}`))
+	f.Add([]byte(`[]`))
+	f.Fuzz(func(t *testing.T, raw []byte) {
+		edited, err := withCapabilities(raw)
+		if (err == nil) != (edited != nil) {
+			t.Fatalf("%q and %v", edited, err)
+		}
+		if err != nil {
+			return
+		}
+		var list struct {
+			Plugins []any
+		}
+		if err := json.Unmarshal(edited, &list); err != nil {
+			t.Fatal(err)
+		}
+		for _, p := range list.Plugins {
+			entry, _ := p.(map[string]any)
+			if entry["type"] != "skipstack" {
+				continue
+			}
+			capabilities, _ := entry["capabilities"].(map[string]any)
+			if capabilities["cgroupPath"] != true || capabilities["io.kubernetes.cri.pod-annotations"] != true {
+				t.Errorf("%s", edited)
+			}
+		}
+	})
+}

@@ -131,3 +131,20 @@ func TestParametersAreChecked(t *testing.T) {
 		}
 	}
 }
+
+func FuzzParseSizes(f *testing.F) {
+	for _, seed := range []string{"64,4KiB,64KiB", "1", "16MiB", "10GiB", "0", "64,64", "9223372036854775807MiB", " 1 KiB ,2", ",", "-1KiB"} {
+		f.Add(seed)
+	}
+	f.Fuzz(func(t *testing.T, list string) {
+		sizes, err := parseSizes(list)
+		if (err == nil) != (len(sizes) > 0) {
+			t.Fatalf("%q gives %v and %v", list, sizes, err)
+		}
+		for i, n := range sizes {
+			if n < minSize || n > maxSize || i > 0 && n <= sizes[i-1] {
+				t.Errorf("%q gives %v", list, sizes)
+			}
+		}
+	})
+}
