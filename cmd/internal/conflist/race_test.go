@@ -427,3 +427,56 @@ func TestLookStays(t *testing.T) {
 		t.Error("it is not installed")
 	}
 }
+
+// What another process puts there at the very moment of the exchange stays.
+func TestExchangeLosesNothing(t *testing.T) {
+	b := newBed(t, map[string]string{"10.conflist": "0"})
+	d, err := openDir(t.Context(), b.conf, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer d.close()
+	file := filepath.Join(b.conf, "10.conflist")
+	before, after := 0, 0
+	for n := 1; n <= 1000; n++ {
+		base, err := d.read("10.conflist")
+		if err != nil {
+			t.Fatal(err)
+		}
+		temp, err := d.temp(strings.NewReader("ours"), 0, &base)
+		if err != nil {
+			t.Fatal(err)
+		}
+		theirs := fmt.Sprint(n)
+		b.write(file+".new", theirs)
+		start := make(chan struct{})
+		var all sync.WaitGroup
+		all.Go(func() {
+			<-start
+			for range rand.IntN(3000) { // hits all parts of the exchange
+				runtime.Gosched()
+			}
+			if err := os.Rename(file+".new", file); err != nil {
+				t.Error(err)
+			}
+		})
+		close(start)
+		done, err := d.exchange(t.Context(), temp, base)
+		all.Wait()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if done {
+			before++
+		} else {
+			after++
+		}
+		if got := string(read(t, file)); got != theirs {
+			t.Fatalf("round %d, exchanged %v: there is %q, want %q", n, done, got, theirs)
+		}
+	}
+	t.Logf("%d were exchanged before the other's, %d were not", before, after)
+	if got := tree(t, b.conf); len(got) != 1 {
+		t.Errorf("left are %q", got)
+	}
+}
