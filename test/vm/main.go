@@ -178,7 +178,7 @@ func (l *lab) kernel(ctx context.Context, p plan) (r result, err error) {
 	}
 	r.release = k.release
 
-	logs := filepath.Join(l.cache, "logs", p.kernel)
+	logs := filepath.Join(l.cache, "logs", strings.TrimSpace(p.kernel+" "+p.params))
 	if err := os.RemoveAll(logs); err != nil {
 		return r, err
 	}
@@ -202,7 +202,7 @@ func (l *lab) kernel(ctx context.Context, p plan) (r result, err error) {
 	defer cancel()
 	judge := newJudge(p, l.out, logs, l.verbose)
 	console := filepath.Join(logs, "console")
-	err = l.qemu.boot(boot, k, initramfs, console, judge.event)
+	err = l.qemu.boot(boot, k, p.params, initramfs, console, judge.event)
 	err = errors.Join(err, judge.close())
 	r.passed, r.failed, r.skipped = judge.passed, judge.failed, judge.skipped
 	said, readErr := complaints(console)

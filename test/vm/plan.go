@@ -8,7 +8,6 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
-	"slices"
 	"strings"
 	"time"
 
@@ -21,6 +20,7 @@ import (
 // A plan is what to do on one kernel.
 type plan struct {
 	kernel string
+	params string // further parameters of the kernel
 	suites []suite
 }
 
@@ -64,11 +64,13 @@ const (
 )
 
 var plans = []plan{
-	{"5.10", []suite{refused, judged(verdict.Unsupported, 0)}},
-	{"6.1", on(verdict.Risky, fionread)},
-	{"6.12", on(verdict.Safe, none)},
-	{"6.18", on(verdict.Safe, none)},
-	{"7", on(verdict.Safe, none)},
+	{kernel: "5.10", suites: []suite{refused, judged(verdict.Unsupported, 0)}},
+	{kernel: "6.1", suites: on(verdict.Risky, fionread)},
+	{kernel: "6.12", suites: on(verdict.Safe, none)},
+	{kernel: "6.18", suites: on(verdict.Safe, none)},
+	{kernel: "7", suites: on(verdict.Safe, none)},
+	// A BPF LSM program attaches here, and the kernel never calls it.
+	{kernel: "7", params: "lsm=yama", suites: []suite{guardedBy(datapath.GuardFmodRet)}},
 }
 
 // on is what to do on a supported kernel, of which that verdict is expected.
@@ -128,6 +130,22 @@ func judged(level verdict.Level, risks datapath.Risk) suite {
 	}}
 }
 
+// guardedBy expects a safe verdict, by that form of the splice guard.
+func guardedBy(guard datapath.Guard) suite {
+	s := judged(verdict.Safe, none)
+	safe := s.check
+	s.check = func(output string) error {
+		if err := safe(output); err != nil {
+			return err
+		}
+		if want := fmt.Sprintf("(guard: %s)", guard); !strings.Contains(output, want) {
+			return fmt.Errorf("want %q, got %s", want, output)
+		}
+		return nil
+	}
+	return s
+}
+
 func (s suite) name() string {
 	if s.pkg != "" {
 		return s.pkg
@@ -138,16 +156,20 @@ func (s suite) name() string {
 // choose returns the plans for the kernels, and of those the suites whose name
 // matches. If tests is not empty, they are the tests to run in each suite.
 func choose(only string, match *regexp.Regexp, tests string) ([]plan, error) {
-	all := make([]plan, len(plans))
-	for i, p := range plans {
-		all[i].kernel = p.kernel
+	var all []plan
+	for _, p := range plans {
+		some := plan{kernel: p.kernel, params: p.params}
 		for _, s := range p.suites {
 			if match.MatchString(s.name()) {
 				if tests != "" {
 					s.only, s.skip, s.scaled = tests, "", "only "+tests
 				}
-				all[i].suites = append(all[i].suites, s)
+				some.suites = append(some.suites, s)
 			}
+		}
+		// The plain plan of a kernel stays, so that asking for nothing is noticed.
+		if len(some.suites) > 0 || p.params == "" {
+			all = append(all, some)
 		}
 	}
 	if only == "" {
@@ -155,11 +177,15 @@ func choose(only string, match *regexp.Regexp, tests string) ([]plan, error) {
 	}
 	var chosen []plan
 	for want := range strings.SplitSeq(only, ",") {
-		i := slices.IndexFunc(all, func(p plan) bool { return p.kernel == want })
-		if i < 0 {
+		n := len(chosen)
+		for _, p := range all {
+			if p.kernel == want {
+				chosen = append(chosen, p)
+			}
+		}
+		if len(chosen) == n {
 			return nil, fmt.Errorf("no plan for kernel %q", want)
 		}
-		chosen = append(chosen, all[i])
 	}
 	return chosen, nil
 }

@@ -79,10 +79,11 @@ func fetchQEMU(ctx context.Context, cache string, a *debian.APT) (*qemu, error) 
 	return q, nil
 }
 
-// boot runs a virtual machine until it powers off. The kernel's messages go to
+// boot runs a virtual machine, whose kernel gets further parameters, until it
+// powers off. The kernel's messages go to
 // the file console, what the script's runs did to handle. It fails if the
 // machine does not come to the end of its script before ctx is done.
-func (q *qemu) boot(ctx context.Context, k *kernelTree, initramfs, console string, handle func(job.Event) error) error {
+func (q *qemu) boot(ctx context.Context, k *kernelTree, params, initramfs, console string, handle func(job.Event) error) error {
 	args := append(q.args[:len(q.args):len(q.args)],
 		"-M", "pc", "-cpu", "max", "-accel", "tcg,thread=multi", "-smp", "2", "-m", "3072",
 		"-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
@@ -90,7 +91,7 @@ func (q *qemu) boot(ctx context.Context, k *kernelTree, initramfs, console strin
 		"-chardev", "stdio,id=results,signal=off", "-serial", "chardev:results",
 		"-kernel", k.image, "-initrd", initramfs,
 		// mitigations and a clock that is checked cost much under emulation.
-		"-append", "console=ttyS0 loglevel=7 panic=-1 oops=panic mitigations=off tsc=unstable rdinit=/init")
+		"-append", "console=ttyS0 loglevel=7 panic=-1 oops=panic mitigations=off tsc=unstable rdinit=/init "+params)
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
 	// The parent-death signal is sent when the thread that started the child ends.
