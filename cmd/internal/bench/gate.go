@@ -45,7 +45,7 @@ func (s *nodeSite) waitForGate(ctx context.Context) error {
 			settings, err = s.set.Node()
 		}
 		if err == nil && settings.Open {
-			s.verdict = v.String()
+			s.verdict, s.noEpoll = v.String(), v.Risks&datapath.RiskEpoll != 0
 			return errors.Join(s.accelerated(s.client, settings), s.accelerated(s.server, settings))
 		}
 		select {

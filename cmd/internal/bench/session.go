@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -171,7 +172,7 @@ func measureAll(ctx context.Context, s site, p Parameters, points []Point, log i
 				return nil, err
 			}
 		}
-		if missing {
+		if missing || r.leaveOut(point, report) {
 			continue
 		}
 		result, err := r.measure(ctx, point)
@@ -187,6 +188,19 @@ func measureAll(ctx context.Context, s site, p Parameters, points []Point, log i
 	}
 	report.Header.Duration = time.Since(start).Seconds()
 	return report, nil
+}
+
+// leaveOut says in the report why the site cannot measure a point, if so.
+func (r *runner) leaveOut(p Point, report *Report) bool {
+	s, ok := r.site.(interface{ cannot(Point) string })
+	if !ok || s.cannot(p) == "" {
+		return false
+	}
+	if why := s.cannot(p); !slices.Contains(report.Header.LeftOut, why) {
+		report.Header.LeftOut = append(report.Header.LeftOut, why)
+		fmt.Fprintf(r.log, "bench: left out: %s\n", why)
+	}
+	return true
 }
 
 // begin verifies data on a path before it is measured. A path that the site does

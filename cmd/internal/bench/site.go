@@ -60,6 +60,7 @@ type nodeSite struct {
 	workers map[role]*remote
 	service *node.Service
 	verdict string
+	noEpoll bool // the kernel does not wake epoll(7) for redirected bytes
 }
 
 // add attaches a pod to its network.
@@ -157,6 +158,14 @@ func (s *nodeSite) counters() (datapath.Counters, error) {
 		return s.podCounters()
 	}
 	return s.set.Counters()
+}
+
+// cannot says why a point cannot be measured; "" if it can.
+func (s *nodeSite) cannot(p Point) string {
+	if s.noEpoll && p.Connections > 1 {
+		return "many connections: this kernel does not wake epoll(7) for redirected bytes"
+	}
+	return ""
 }
 
 func (s *nodeSite) rules() *rules {

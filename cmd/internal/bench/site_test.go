@@ -351,3 +351,20 @@ func TestNotAllowed(t *testing.T) {
 		t.Errorf("pods with mode off: %v", err)
 	}
 }
+
+// TestWithoutEpoll: points that need epoll are left out, and named, where the kernel
+// does not wake it for redirected bytes.
+func TestWithoutEpoll(t *testing.T) {
+	s := &nodeSite{noEpoll: true}
+	r, report := &runner{site: s, log: io.Discard}, &Report{}
+	many := connections(16, point(Stream, 64, 0))
+	if !r.leaveOut(many, report) || !r.leaveOut(many, report) || r.leaveOut(point(Stream, 64, 0), report) {
+		t.Error("the wrong points are left out")
+	}
+	if len(report.Header.LeftOut) != 1 || !strings.Contains(report.Header.LeftOut[0], "epoll") {
+		t.Errorf("left out: %q", report.Header.LeftOut)
+	}
+	if s.noEpoll = false; r.leaveOut(many, report) {
+		t.Error("left out, though epoll works")
+	}
+}
