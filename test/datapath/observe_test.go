@@ -164,7 +164,8 @@ func TestObserveFullReceiver(t *testing.T) {
 		// What went by TCP takes a moment to arrive.
 		l.wait("all is there to be read", func() (string, bool) {
 			got := l.observe().Connections[0]
-			return fmt.Sprint(got.Server.Unread), got.Server.Unread == 6*16<<10
+			// Kernels before 6.12.75 tell the memory that it takes, see Socket.Unread.
+			return fmt.Sprint(got.Server.Unread), got.Server.Unread >= 6*16<<10 && got.Server.Unread < 2*6*16<<10
 		})
 		got := l.observe().Connections[0].Client
 		if got.PassedBy["receiver_full"] == 0 {
