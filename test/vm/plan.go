@@ -56,6 +56,7 @@ const programDir = "/programs"
 var modules = []string{
 	"veth", "tun", "bridge", "br_netfilter", "overlay",
 	"nf_tables", "nft_chain_nat", "nft_nat", "nft_masq", "nft_redir", "nft_ct", "nft_reject_inet", "nft_fib_inet", "nft_numgen",
+	"tls", "aesni_intel",
 }
 
 const (
@@ -82,6 +83,9 @@ func on(level verdict.Level, risks datapath.Risk) []suite {
 		{pkg: "plugin/verdict", timeout: 5 * time.Minute,
 			skip: "^(TestJudge|TestHangingProbe|TestEveryProbeHangs)$", scaled: "imitated kernel faults: nothing of them depends on the kernel"},
 		{pkg: "test/datapath", timeout: 25 * time.Minute},
+		{pkg: "test/conformance", timeout: 20 * time.Minute,
+			skip:   "^TestConformance$/^(Streams|Scale)$/^(4_GiB_and_more|10000_connections|connect_and_close,_2000_times)$",
+			scaled: "so many bytes and connections take too long where every instruction is emulated"},
 		{pkg: "test/cni", timeout: 10 * time.Minute,
 			only: "^TestSpliceGuard$", scaled: "what needs a kernel that permits the guard"},
 	}
