@@ -245,14 +245,6 @@ func TestTwoPodsPaths(t *testing.T) {
 	}
 }
 
-// switchOff switches acceleration off behind the pods' back.
-func (p *podPair) switchOff(t *testing.T) {
-	t.Helper()
-	if _, err := datapath.SwitchNode(p.node.BPFFS, true); err != nil {
-		t.Error(err)
-	}
-}
-
 // TestTwoPodsWrong has pods for which there is nothing to prove.
 func TestTwoPodsWrong(t *testing.T) {
 	node.Need(t)
@@ -272,7 +264,7 @@ func TestTwoPodsWrong(t *testing.T) {
 				p.waitOpen(t)
 			}
 			if c.off {
-				p.switchOff(t)
+				closeGate(t, p.node.BPFFS)
 			}
 			p.serve(t)
 			addr, _ := p.server.Addr(false)
@@ -301,7 +293,7 @@ func TestTwoPodsSwitchedOffMeanwhile(t *testing.T) {
 			}
 			return nil
 		})
-		p.switchOff(t)
+		closeGate(t, p.node.BPFFS)
 	})
 	if code != 0 || report.Proven() {
 		t.Fatalf("exit code %d, proven %v: %s", code, report.Proven(), said.String())
