@@ -122,6 +122,9 @@ func (n *Node) eachPending(ctx context.Context, conf Config, f func(*attachment.
 		if err != nil {
 			errs = append(errs, fmt.Errorf("attach pod %s/%s: %w", r.PodNamespace, r.PodName, err))
 		}
+		if errors.Is(err, attachment.ErrBusy) {
+			break // the next would wait as long
+		}
 	}
 	return errors.Join(errs...)
 }

@@ -78,6 +78,32 @@ func TestAdopt(t *testing.T) {
 		b.wantRecord(request{}, attachment.Attached, "")
 		b.wantLinks(101)
 	})
+	t.Run("lock held for long", func(t *testing.T) {
+		b := late(t, request{})
+		lock, err := b.store().Lock(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		n := b.node()
+		n.lockWait = 20 * time.Millisecond
+		time.AfterFunc(100*time.Millisecond, func() { lock.Unlock() })
+		if _, err := n.Probe(t.Context(), b.config(), true, nil); err != nil {
+			t.Fatal(err)
+		}
+		b.wantRecord(request{}, attachment.Attached, "")
+	})
+	t.Run("by a sweep", func(t *testing.T) {
+		b := late(t, request{})
+		if err := b.node().Sweep(t.Context(), b.config()); err != nil {
+			t.Fatal(err)
+		}
+		b.wantRecord(request{}, attachment.Skipped, "busy: ")
+		b.datapath.loaded = true
+		if err := b.node().Sweep(t.Context(), b.config()); err != nil {
+			t.Fatal(err)
+		}
+		b.wantRecord(request{}, attachment.Attached, "")
+	})
 	t.Run("killed while it loads", func(t *testing.T) {
 		b := newBench(t)
 		b.budget = 200 * time.Millisecond

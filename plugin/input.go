@@ -18,7 +18,7 @@ type input struct {
 
 // maxInput is many times what a runtime sends. That much is parsed in well under
 // a second; more would keep the pod waiting beyond a verb's time limit.
-const maxInput = 4 << 20 // bytes
+const maxInput = 1 << 20 // bytes
 
 // decodeInput fails with code 6 only where the runtime and the CNI library could
 // not read the configuration either, or where it is longer than maxInput.

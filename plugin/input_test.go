@@ -18,7 +18,7 @@ func TestInputIsBounded(t *testing.T) {
 	}
 	_, err := decodeInput(append(longest, ' '))
 	var coded *types.Error
-	if !errors.As(err, &coded) || coded.Code != types.ErrDecodingFailure || !strings.Contains(coded.Details, "4194305 bytes") {
+	if !errors.As(err, &coded) || coded.Code != types.ErrDecodingFailure || !strings.Contains(coded.Details, "1048577 bytes") {
 		t.Errorf("a byte more: %v", err)
 	}
 	// It is refused unread.

@@ -125,8 +125,8 @@ func plainOf(conf Config, node datapath.NodeSettings) string {
 }
 
 // probeRounds is how often Probe looks for pods to attach at most: some may be
-// impossible to attach.
-const probeRounds = 3
+// impossible to attach. Each round waits lockWait for a lock that somebody holds.
+const probeRounds = 12
 
 // Probe is the detached child of an ADD: it finds the verdict out, opens the
 // node's gate if the datapath is loaded, or if it may load it, and attaches the
@@ -142,7 +142,7 @@ func (n *Node) Probe(ctx context.Context, conf Config, load bool, held *os.File)
 		v, err = n.probe(ctx, conf, load, held)
 		// An ADD that gave up after the last look for pods started no prober,
 		// because this one held the lock.
-		if err != nil || !v.Supported || !anyPending(conf) {
+		if err != nil && !isBusy(err) || !v.Supported || !anyPending(conf) {
 			break
 		}
 		again, lockErr := lockProbe(ended(), conf.RunDir)
