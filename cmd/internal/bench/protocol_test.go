@@ -222,6 +222,47 @@ func TestStrangers(t *testing.T) {
 	<-done
 }
 
+// TestHastyClient says all that a session has at once: a run is stopped before its
+// generator can have begun.
+func TestHastyClient(t *testing.T) {
+	p, _, log := startServer(t, serveOptions{})
+	cpus, err := allowedCPUs()
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := net.Dial("tcp", fmt.Sprintf("localhost:%d", p.plain))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	const runs = 20
+	var said bytes.Buffer
+	o := goodOrder()
+	o.CPU = cpus[0]
+	_ = writeLine(&said, greeting{Protocol: protocol})
+	for i := range runs {
+		o.Port = []uint16{p.plain, p.accelerated}[i%2]
+		for _, o.Verb = range []verb{listen, serve, stop} {
+			_ = writeLine(&said, o)
+		}
+	}
+	if _, err := c.Write(said.Bytes()); err != nil {
+		t.Fatal(err)
+	}
+	_ = c.SetReadDeadline(time.Now().Add(time.Minute))
+	r := bufio.NewReaderSize(c, maxLine)
+	var hello greeting
+	if err := readLine(r, &hello); err != nil || hello.Error != "" {
+		t.Fatalf("greeting %+v, %v", hello, err)
+	}
+	for i := range 2 * runs { // of listen, and of stop
+		var got reply
+		if err := readLine(r, &got); err != nil || got.Error != "" {
+			t.Fatalf("reply %d: %+v, %v; the server said %s", i, got, err, log)
+		}
+	}
+}
+
 func TestClientVanishes(t *testing.T) {
 	p, _, log := startServer(t, serveOptions{})
 	first, err := newTestClient(t, clientOf(p))

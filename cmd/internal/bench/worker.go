@@ -104,10 +104,15 @@ func (w *worker) obey(o order) error {
 		port, err := w.listen(o)
 		return w.reply(reply{Port: port}, err)
 	case serve:
-		if w.stopping != nil {
-			return w.start(o, func(g *generator) error { return g.admit(w.listener, w.stopping) })
+		// Taken now: a stop that follows at once forgets them before the generator runs.
+		listener, stopping := w.listener, w.stopping
+		if listener == nil {
+			return errors.New("serve: nothing listens")
 		}
-		return w.start(o, func(g *generator) error { return g.server(w.listener) })
+		if stopping != nil {
+			return w.start(o, func(g *generator) error { return g.admit(listener, stopping) })
+		}
+		return w.start(o, func(g *generator) error { return g.server(listener) })
 	case drive:
 		return w.start(o, func(g *generator) error { return g.client(o.At) })
 	case stop:
@@ -171,7 +176,8 @@ func (w *worker) start(o order, run func(*generator) error) error {
 		point: o.Point, nonBlocking: o.NonBlocking, verify: o.Verify, warmUp: o.WarmUp, length: o.Length,
 		token: []byte(o.Token), opened: opened, base: time.Now(),
 	}
-	w.busy = make(chan error, 1)
+	busy := make(chan error, 1)
+	w.busy = busy
 	go func() {
 		runtime.LockOSThread() // and never unlocked: the thread ends with its affinity
 		done, cpu := make(chan struct{}), make(chan cpuTime, 1)
@@ -185,7 +191,7 @@ func (w *worker) start(o order, run func(*generator) error) error {
 		if g.tally.Latency != nil {
 			g.tally.Latency.trim()
 		}
-		w.busy <- w.reply(reply{Tally: g.tally}, err)
+		busy <- w.reply(reply{Tally: g.tally}, err)
 	}()
 	return nil
 }
