@@ -226,8 +226,10 @@ func provePods(p Point, plain, accelerated *Evidence) (Proof, string) {
 
 // here is the bench on this node itself.
 func here(ctx context.Context, c Config, o options, with hereOptions) error {
-	fmt.Fprintf(c.ErrOut, "bench: making two pods on this node in network %s\n", with.list.Name)
 	with.stderr, with.worker = c.ErrOut, func() *exec.Cmd { return selfWorker(c.Env) }
+	ctx, c, stop := untilClosed(ctx, c)
+	defer stop()
+	fmt.Fprintf(c.ErrOut, "bench: making two pods on this node in network %s\n", with.list.Name)
 	site, err := newHereSite(ctx, with)
 	report, err := o.session(ctx, c, site, err)
 	err = errors.Join(err, site.close())

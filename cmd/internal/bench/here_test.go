@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -151,6 +152,42 @@ func TestHereKilled(t *testing.T) {
 		t.Errorf("the next: %v\n%s", err, out)
 	}
 	clean(t, n, leases)
+}
+
+// TestHereClosedPipe: nobody reads on what the bench says, as with head(1).
+func TestHereClosedPipe(t *testing.T) {
+	conflist, n, leases := machine(t, "auto")
+	closedPipe(t, program(hereArgs(conflist)...))
+	clean(t, n, leases)
+}
+
+func TestPrivateClosedPipe(t *testing.T) {
+	node.Need(t)
+	closedPipe(t, program("--quick", "--cni-path="+node.ProgramDir()))
+	nothingLeft(t)
+}
+
+// closedPipe runs the bench and closes the pipe that takes all it says after two lines.
+func closedPipe(t *testing.T, cmd *exec.Cmd) {
+	t.Helper()
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	cmd.Stdout, cmd.Stderr = w, w
+	err = cmd.Start()
+	w.Close()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for lines, i := bufio.NewScanner(r), 0; i < 2 && lines.Scan(); i++ {
+	}
+	r.Close()
+	_ = cmd.Wait()
+	if code := cmd.ProcessState.ExitCode(); code != ExitNotProven {
+		t.Errorf("%v, want exit code %d", cmd.ProcessState, ExitNotProven)
+	}
 }
 
 // disturbedHere runs the bench, and disturb after a line on standard error.

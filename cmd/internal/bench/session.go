@@ -68,6 +68,9 @@ func outside(ctx context.Context, c Config, o options, args []string) error {
 
 // inside is the bench in its private namespaces.
 func inside(ctx context.Context, c Config, o options) error {
+	stderr, worker := c.ErrOut, func() *exec.Cmd { return selfWorker(c.Env) }
+	ctx, c, stop := untilClosed(ctx, c)
+	defer stop()
 	machine, err := node.Prepare()
 	if err != nil {
 		return &ExitError{ExitNotProven, fmt.Errorf("prepare private namespaces: %w", err)}
@@ -82,8 +85,7 @@ func inside(ctx context.Context, c Config, o options) error {
 	}
 	fmt.Fprintln(c.ErrOut, "bench: making a private node with two pods")
 	site, err := newPrivateSite(ctx, privateOptions{
-		cniPath: cniPath, program: program, stderr: c.ErrOut, mode: "on",
-		worker: func() *exec.Cmd { return selfWorker(c.Env) },
+		cniPath: cniPath, program: program, stderr: stderr, mode: "on", worker: worker,
 	})
 	report, err := o.session(ctx, c, site, err)
 	err = errors.Join(err, site.close())
