@@ -67,7 +67,8 @@ bypass took place.
 
 Three sets of points: the default takes under 3 minutes, --quick under 20
 seconds, --full all there is; how long is said first. Of a set, --tests,
---paths, --placements and --sizes choose.
+--paths, --placements and --sizes choose. --quick with --sizes is rr and stream
+of these sizes, and crr, on path pod and one CPU.
 
 By default the pods are those of a private node, which has its own mount,
 network, cgroup and PID namespaces: nothing of this machine is touched, and

@@ -278,7 +278,7 @@ func TestKilledPrivate(t *testing.T) {
 func TestWithoutPlugins(t *testing.T) {
 	node.Need(t)
 	file := filepath.Join(t.TempDir(), "result.json")
-	cmd := program("--quick", "--tests=rr", "--sizes=64", "--cni-path="+t.TempDir(), "--json="+file)
+	cmd := program("--quick", "--paths=ipv6", "--cni-path="+t.TempDir(), "--json="+file)
 	out, err := cmd.CombinedOutput()
 	if err == nil || cmd.ProcessState.ExitCode() != ExitUsage {
 		t.Errorf("a selection without points: %v\n%s", err, out)

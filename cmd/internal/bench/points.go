@@ -63,7 +63,11 @@ func (s selection) points(cpus int) ([]Point, error) {
 	case s.set == quickSet && s.sizes == nil:
 		points = quickPoints()
 	case s.set == quickSet:
-		points = messagePoints(PodIP, SameCPU, s.sizes)
+		for _, bytes := range s.sizes {
+			points = append(points, rr(PodIP, SameCPU, smallMessage, bytes))
+		}
+		points = append(points, messagePoints(PodIP, SameCPU, s.sizes)...)
+		points = append(points, crr(PodIP, SameCPU))
 	default:
 		for _, path := range allPaths {
 			points = append(points, s.pathPoints(path)...)

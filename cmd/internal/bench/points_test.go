@@ -96,6 +96,17 @@ func TestSelection(t *testing.T) {
 	if want := []Point{stream(IPv6, SameCPU, 100), rr(IPv6, SameCPU, 64, 64)}; !slices.Equal(got, want) {
 		t.Errorf("got %v, want %v", got, want)
 	}
+	quick := selection{set: quickSet, sizes: []int{64, 1 << 10}}
+	want := []Point{
+		rr(PodIP, SameCPU, 64, 64), rr(PodIP, SameCPU, 64, 1<<10), stream(PodIP, SameCPU, 64), stream(PodIP, SameCPU, 1<<10), crr(PodIP, SameCPU),
+	}
+	if got := selected(t, quick, 2); !slices.Equal(got, want) {
+		t.Errorf("got %v, want %v", got, want)
+	}
+	quick.tests = []Test{ConnectRequestResponse}
+	if got := selected(t, quick, 2); !slices.Equal(got, want[4:]) {
+		t.Errorf("got %v, want %v", got, want[4:])
+	}
 	if _, err := (selection{set: quickSet, paths: []Path{Loopback}}).points(2); err == nil {
 		t.Error("a selection without points is accepted")
 	}
