@@ -54,6 +54,9 @@ func readChain(conflist, cniPath string) (o hereOptions, err error) {
 	if err != nil {
 		return o, fmt.Errorf("--conflist %s: %w", conflist, err)
 	}
+	if o.config.Mode == plugin.ModeOff {
+		return o, fmt.Errorf("--conflist %s: skipstack's mode is off in it: there would be nothing to compare; name a copy of the file with mode auto", conflist)
+	}
 	if raw, err = withCapabilities(raw); err == nil {
 		o.list, err = libcni.NetworkConfFromBytes(raw)
 	}

@@ -123,11 +123,11 @@ func TestHereSecretlyOff(t *testing.T) {
 	clean(t, n, leases)
 }
 
-func TestHereNotAllowed(t *testing.T) {
+func TestHereModeOff(t *testing.T) {
 	conflist, n, leases := machine(t, "off")
 	cmd := program(hereArgs(conflist)...)
 	out, _ := cmd.CombinedOutput()
-	if code := cmd.ProcessState.ExitCode(); code != ExitNotAllowed || !bytes.Contains(out, []byte("not accelerated")) {
+	if code := cmd.ProcessState.ExitCode(); code != ExitUsage || !bytes.Contains(out, []byte("mode is off")) || bytes.Contains(out, []byte("making")) {
 		t.Errorf("exit code %d\n%s", code, out)
 	}
 	clean(t, n, leases)
