@@ -342,6 +342,8 @@ func skipped(e *Evidence) uint64 { return e.Payload - min(e.TCP, e.Payload) }
 // and that have arrived were redirected.
 func (s *podSite) rules() *rules {
 	return &rules{
+		// It looks the same if nothing is accelerated at all.
+		lateness: "its bytes went by TCP: not accelerated, or a client was late in the handshake",
 		late: func(p Point, accelerated bool, m measured, _ datapath.Counters) bool {
 			return accelerated && p.Test != ConnectRequestResponse && float64(m.byTCP()) >= enough*float64(m.payload())
 		},
@@ -412,7 +414,7 @@ func (s *podSite) verify(ctx context.Context, r *runner) (bytes uint64, err erro
 		case !accelerated && part > 1-enough:
 			return 0, fmt.Errorf("port %d is accelerated, too: %s", s.options.plain, s.notExcluded())
 		case accelerated && part < leastOverflow:
-			return 0, fmt.Errorf("the bypass is not proven: %s of %s sent to port %d went by TCP: are both pods attached and accelerated, and the port not excluded? On the node, `skipstack load` says whether pods are accelerated",
+			return 0, fmt.Errorf("the bypass is not proven: %s of %s sent to port %d went by TCP: are both pods attached and accelerated, and the port not excluded? On the node, `skipstack doctor` says what keeps pods from it",
 				quantity(float64(e.TCP), "B"), quantity(float64(e.Payload), "B"), s.options.accelerated)
 		}
 		bytes += m.payload()

@@ -191,6 +191,7 @@ const passedLabel = "passed"
 
 // podRules judge by the counters of the two pods.
 var podRules = &rules{
+	lateness: clientLate,
 	late: func(p Point, accelerated bool, m measured, counted datapath.Counters) bool {
 		return accelerated && p.Test != ConnectRequestResponse && counted.Events[lateClaim] > 0 && !allEnrolled(counted, m.client.Conns)
 	},

@@ -28,13 +28,18 @@ type runner struct {
 type rules struct {
 	// late says that the connection of a run stayed plain as its client was kept from
 	// the handshake for too long.
-	late func(p Point, accelerated bool, m measured, counted datapath.Counters) bool
+	late     func(p Point, accelerated bool, m measured, counted datapath.Counters) bool
+	lateness string // what is said of such a run
 	// prove judges a point. The reason is empty unless the proof failed.
 	prove func(p Point, plain, accelerated *Evidence) (Proof, string)
 }
 
+// clientLate is [rules.lateness] where counters tell.
+const clientLate = "a client was late in the handshake"
+
 // counterRules judge by the datapath's counters.
 var counterRules = &rules{
+	lateness: clientLate,
 	late: func(p Point, _ bool, m measured, counted datapath.Counters) bool {
 		return p.Test != ConnectRequestResponse && float64(counted.Connections[lateClaim]) > (1-enough)*float64(m.client.Conns)
 	},
@@ -158,6 +163,10 @@ func (r *runner) runAs(ctx context.Context, p Point, kind runKind) (measured, da
 		Point: p, NonBlocking: r.parameters.NonBlocking, Verify: kind.verify, Interrupts: r.interruptsApart,
 		WarmUp: r.parameters.WarmUp, Length: r.parameters.Length,
 	}
+	what, said := p.String(), ""
+	if kind.verify {
+		what = "verifying data"
+	}
 	for attempt := 1; ; attempt++ {
 		before, err := r.site.counters()
 		if err != nil {
@@ -174,7 +183,7 @@ func (r *runner) runAs(ctx context.Context, p Point, kind runKind) (measured, da
 		counted := after.Since(before)
 		short := !kind.verify && !m.covers(p.Test, r.parameters.Length)
 		late := r.judge().late(p, kind.accelerated, m, counted)
-		why := "a client was late in the handshake"
+		why := r.judge().lateness
 		if short {
 			why = fmt.Sprintf("a run lasted %v", m.elapsed(p.Test))
 		}
@@ -184,7 +193,10 @@ func (r *runner) runAs(ctx context.Context, p Point, kind runKind) (measured, da
 		case attempt == attempts:
 			return m, none, fmt.Errorf("%w: %s", errTooBusy, why)
 		}
-		fmt.Fprintf(r.log, "bench: %s: %s, once more\n", p, why)
+		if why != said { // not the same up to nine times
+			fmt.Fprintf(r.log, "bench: %s: %s: trying again\n", what, why)
+			said = why
+		}
 	}
 }
 
