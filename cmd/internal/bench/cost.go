@@ -43,7 +43,7 @@ func (r *runner) costs(ctx context.Context, report *Report) error {
 	if len(points) == 0 {
 		return nil
 	}
-	fmt.Fprintf(r.log, "bench: timing the BPF programs at %d points\n", len(points))
+	fmt.Fprintf(r.log, "bench: timing the BPF programs at %s\n", pointsCount(len(points)))
 	measuring, err := datapath.MeasureRunTimes()
 	if err != nil {
 		return err

@@ -64,7 +64,7 @@ func TestCheck(t *testing.T) {
 		t.Errorf("%s, %v", b.String(), err)
 	}
 	err := o.verdict(t.Context(), r, nil)
-	if err == nil || !strings.Contains(err.Error(), "2 of 3 points are slower than 1.20") {
+	if err == nil || !strings.Contains(err.Error(), "at 2 of 3 points skipstack is slower than 1.20") {
 		t.Errorf("verdict %v", err)
 	}
 	b.Reset()

@@ -40,7 +40,7 @@ func (r *Report) WriteMarkdown(w io.Writer) error {
 	if slower := r.slower(1); len(slower) == 0 {
 		fmt.Fprintf(&b, "At none of the %d points.\n", len(r.Points))
 	} else {
-		fmt.Fprintf(&b, "At %d of %d points:\n\n", len(slower), len(r.Points))
+		fmt.Fprintf(&b, "At %d of %s:\n\n", len(slower), pointsCount(len(r.Points)))
 		for _, p := range slower {
 			fmt.Fprintf(&b, "- %s: ratio %s ± %s\n", p.Point, threeDigits(p.Speedup), threeDigits(p.MAD))
 		}

@@ -142,7 +142,7 @@ func (p *page) summary() {
 	case len(r.Points) == 0:
 		p.element(`p class="verdict"`, "Nothing was measured.")
 	default:
-		p.element(`p class="verdict"`, fmt.Sprintf("NOT PROVEN: the bypass failed at %d of %d points.", len(failed), len(r.Points)))
+		p.element(`p class="verdict"`, fmt.Sprintf("NOT PROVEN: the bypass failed at %d of %s.", len(failed), pointsCount(len(r.Points))))
 		p.list(failed)
 	}
 	if len(r.Points) == 0 {
@@ -151,9 +151,9 @@ func (p *page) summary() {
 	}
 	slower := r.slower(1)
 	if len(slower) == 0 {
-		p.element("p", fmt.Sprintf("skipstack is at least as fast as plain TCP at each of the %d points.", len(r.Points)))
+		p.element("p", fmt.Sprintf("skipstack is at least as fast as plain TCP at %d of %s.", len(r.Points), pointsCount(len(r.Points))))
 	} else {
-		p.element("p", fmt.Sprintf("skipstack is at least as fast as plain TCP at %d of %d points. Plain TCP is faster at:", len(r.Points)-len(slower), len(r.Points)))
+		p.element("p", fmt.Sprintf("skipstack is at least as fast as plain TCP at %d of %s. Plain TCP is faster at:", len(r.Points)-len(slower), pointsCount(len(r.Points))))
 		var losses []string
 		for _, point := range slower {
 			losses = append(losses, fmt.Sprintf("%s: %s of the plain rate", point.Point, ratio(point)))

@@ -119,3 +119,11 @@ func TestMessage(t *testing.T) {
 		}
 	}
 }
+
+func TestPointsCount(t *testing.T) {
+	for n, want := range map[int]string{0: "0 points", 1: "1 point", 12: "12 points"} {
+		if got := pointsCount(n); got != want {
+			t.Errorf("%d: %q, want %q", n, got, want)
+		}
+	}
+}

@@ -129,7 +129,7 @@ func (o options) verdict(ctx context.Context, report *Report, err error) error {
 	case !report.Proven():
 		return &ExitError{ExitNotProven, errors.New("the bypass is not proven")}
 	case o.check && len(report.slower(o.minSpeedup)) > 0:
-		return &ExitError{ExitNotProven, fmt.Errorf("%d of %d points are slower than %.2f times plain TCP", len(report.slower(o.minSpeedup)), len(report.Points), o.minSpeedup)}
+		return &ExitError{ExitNotProven, fmt.Errorf("at %d of %s skipstack is slower than %.2f times plain TCP", len(report.slower(o.minSpeedup)), pointsCount(len(report.Points)), o.minSpeedup)}
 	}
 	return nil
 }
@@ -164,7 +164,7 @@ func measureAll(ctx context.Context, s site, p Parameters, points []Point, log i
 	start := time.Now()
 	report := newReport(p, s.facts())
 	report.Header.InterruptsApart = r.interruptsApart
-	fmt.Fprintf(log, "bench: %d points, about %v\n", len(points), p.estimate(points).Round(time.Second))
+	fmt.Fprintf(log, "bench: %s, about %v\n", pointsCount(len(points)), p.estimate(points).Round(time.Second))
 	var path Path
 	missing := false
 	for i, point := range points {

@@ -220,7 +220,7 @@ func (r *Report) writeLosses(w io.Writer) {
 		fmt.Fprintln(w, "Plain TCP is faster at none of these points.")
 		return
 	}
-	fmt.Fprintf(w, "Plain TCP is faster at %d of %d points:\n", len(slower), len(r.Points))
+	fmt.Fprintf(w, "Plain TCP is faster at %d of %s:\n", len(slower), pointsCount(len(r.Points)))
 	writePoints(w, slower)
 }
 

@@ -33,6 +33,14 @@ func quantity(v float64, unit string) string {
 	return fmt.Sprintf("%s %s%s", threeDigits(v), prefixes[i], unit)
 }
 
+// pointsCount is "1 point", "2 points".
+func pointsCount(n int) string {
+	if n == 1 {
+		return "1 point"
+	}
+	return fmt.Sprintf("%d points", n)
+}
+
 func threeDigits(v float64) string {
 	digits := 0
 	switch {

@@ -367,6 +367,9 @@ func (o Options) Uninstall(ctx context.Context, purge bool) (Report, error) {
 				left = fmt.Sprintf("it is not known which pods were made with it: %v", err)
 			case len(users) > 0:
 				left = fmt.Sprintf("%d pods were made with it, and their deletion may call it (%s, ...)", len(users), users[0])
+				if len(users) == 1 {
+					left = fmt.Sprintf("1 pod was made with it, and its deletion may call it (%s)", users[0])
+				}
 			}
 		}
 		if left != "" {
