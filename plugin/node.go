@@ -109,6 +109,16 @@ func (n *Node) Load(ctx context.Context, conf Config) (Loaded, error) {
 	return out, nil
 }
 
+// Loaded returns nil if the datapath is loaded, this build's or another's. The error
+// wraps [datapath.ErrNotLoaded] or [datapath.ErrDamaged] where it is not.
+func (n *Node) Loaded(conf Config) error {
+	set, err := n.Datapath.Open(conf.BPFFS)
+	if err != nil {
+		return err
+	}
+	return set.Close()
+}
+
 // plainOf says why a pod that asks for nothing stays plain, whatever the switch.
 func plainOf(conf Config, node datapath.NodeSettings) string {
 	settings, why := decide(conf, runtimeConfig{})

@@ -29,6 +29,7 @@ type Node interface {
 	Load(ctx context.Context, conf plugin.Config) (plugin.Loaded, error)
 	Sweep(ctx context.Context, conf plugin.Config) error
 	Status(conf plugin.Config, cniCacheDir string) plugin.Report
+	Loaded(conf plugin.Config) error
 }
 
 // Options say what the agent does.
@@ -228,10 +229,16 @@ type condition struct {
 // conditions say whether everything is as it should be. A kernel that is not
 // supported is: its pods use TCP, and no restart of the agent would change that.
 func (a *agent) conditions() []condition {
+	// Somebody may have unloaded it since.
+	gone := text(a.Node.Loaded(a.Config))
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	datapath := condition{"datapath", a.loaded && gone == "", cmp.Or(a.loadErr, a.verdict, "loading")}
+	if a.loaded && gone != "" {
+		datapath.Detail = gone + ": the next pod loads it, or a restart of the agent"
+	}
 	all := []condition{
-		{"datapath", a.loaded, cmp.Or(a.loadErr, a.verdict, "loading")},
+		datapath,
 		{"sweep", a.watchErr == "", a.watchErr},
 	}
 	if a.Keep != nil {

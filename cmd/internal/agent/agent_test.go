@@ -18,6 +18,7 @@ import (
 
 	"github.com/skipstack/skipstack/cmd/internal/conflist"
 	"github.com/skipstack/skipstack/plugin"
+	"github.com/skipstack/skipstack/plugin/datapath"
 )
 
 // fake is a node that fails as often as it is told.
@@ -28,6 +29,7 @@ type fake struct {
 	loads     int
 	sweeps    int
 	report    plugin.Report
+	unloaded  bool // by somebody else
 }
 
 func (f *fake) Load(context.Context, plugin.Config) (plugin.Loaded, error) {
@@ -56,6 +58,21 @@ func (f *fake) Status(plugin.Config, string) plugin.Report {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return f.report
+}
+
+func (f *fake) Loaded(plugin.Config) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.unloaded {
+		return datapath.ErrNotLoaded
+	}
+	return nil
+}
+
+func (f *fake) setUnloaded(unloaded bool) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.unloaded = unloaded
 }
 
 type syncBuffer struct {
@@ -162,6 +179,29 @@ func TestTriesAgain(t *testing.T) {
 	}
 	if f.loads != 2 {
 		t.Errorf("loaded %d times, want a failure and a success", f.loads)
+	}
+}
+
+// An agent whose datapath somebody has unloaded is not ready until it is loaded again,
+// which it leaves to the next pod.
+func TestUnloaded(t *testing.T) {
+	f := &fake{}
+	url, _ := started(t, f, Options{})
+	is := func(want int, detail string) func() (string, bool) {
+		return func() (string, bool) {
+			code, body := get(url + "/readyz")
+			return body, code == want && strings.Contains(body, detail)
+		}
+	}
+	await(t, "it is ready", is(200, "safe"))
+	f.setUnloaded(true)
+	await(t, "it says that the datapath is gone", is(503, datapath.ErrNotLoaded.Error()))
+	f.setUnloaded(false)
+	await(t, "it is ready again", is(200, "safe"))
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.loads != 1 {
+		t.Errorf("loaded %d times", f.loads)
 	}
 }
 
