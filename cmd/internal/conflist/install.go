@@ -183,6 +183,11 @@ func (o Options) convert(_ context.Context, d *dir, name string, plan bool) ([]C
 		case !errors.Is(err, fs.ErrNotExist):
 			return nil, err
 		}
+		if !Has(there) { // else what is saved is ours, of the file before this one
+			if err := d.free(saved, f.text); err != nil {
+				return nil, err
+			}
+		}
 		changes := []Change{{d.path(target), there, text}, {d.path(name), f.text, nil}, {d.path(saved), nil, f.text}}
 		if plan {
 			return changes, nil
@@ -219,6 +224,18 @@ func (o Options) convert(_ context.Context, d *dir, name string, plan bool) ([]C
 		}
 	}
 	return nil, fmt.Errorf("%w: it is rewritten all the time", ErrBusy)
+}
+
+// free refuses where a file is in the way that has another text.
+func (d *dir) free(name string, text []byte) error {
+	f, err := d.read(name)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err == nil && !bytes.Equal(f.text, text) {
+		err = refuse("%s is in the way, which has another content: remove or rename it", d.path(name))
+	}
+	return err
 }
 
 // remake is what a list that was made of a .conf becomes now that the .conf is text.
@@ -537,7 +554,11 @@ func (o Options) restore(ctx context.Context, d *dir, origin string) ([]Change, 
 			return changes, err
 		}
 	}
-	if _, err := d.root.Lstat(origin); errors.Is(err, fs.ErrNotExist) {
+	_, err = d.root.Lstat(origin)
+	switch {
+	case err == nil && !listThere && d.free(origin, f.text) != nil:
+		return nil, nil // nothing says that it is ours
+	case errors.Is(err, fs.ErrNotExist):
 		changes = append(changes, Change{d.path(saved), f.text, nil}, Change{d.path(origin), nil, f.text})
 		if !o.DryRun {
 			fd := int(d.self.Fd())
@@ -545,7 +566,7 @@ func (o Options) restore(ctx context.Context, d *dir, origin string) ([]Change, 
 				return nil, fmt.Errorf("restore %s: %w", d.path(origin), err)
 			}
 		}
-	} else { // the primary plugin has written it anew
+	default: // the primary plugin has written it anew
 		changes = append(changes, Change{d.path(saved), f.text, nil})
 		if !o.DryRun {
 			if err := d.root.Remove(saved); err != nil {

@@ -311,6 +311,27 @@ func TestConversionRoundTrip(t *testing.T) {
 	wantTree(t, b.conf, before)
 }
 
+// A file of somebody's that has the name under which the .conf would be saved is left
+// alone, by uninstall too.
+func TestSavedInTheWay(t *testing.T) {
+	text := sample(t, "crio-old-bridge.conf")
+	b := newBed(t, map[string]string{"10.conf": text, "10.conf" + savedSuffix: "somebody's"})
+	before, beforeBin := tree(t, b.conf), tree(t, b.bin)
+	if _, err := b.opts.Install(t.Context()); !errors.Is(err, ErrRefused) || !strings.Contains(err.Error(), "in the way") {
+		t.Errorf("error %v", err)
+	}
+	b.uninstall(true)
+	wantTree(t, b.conf, before)
+	wantTree(t, b.bin, beforeBin)
+
+	b = newBed(t, map[string]string{"10.conf": text, "10.conf" + savedSuffix: text})
+	b.install()
+	b.uninstall(true)
+	if got := tree(t, b.conf); len(got) != 1 || !strings.HasSuffix(got["10.conf"], text) {
+		t.Errorf("left are %q", got)
+	}
+}
+
 // Where it cannot be right nothing is changed, not even the binary placed.
 func TestRefused(t *testing.T) {
 	flannel := sample(t, "flannel.conflist")
