@@ -87,6 +87,12 @@ func (d *dir) close() {
 	d.root.Close()
 }
 
+// writable asks the kernel, which knows of immutable directories and read-only mounts.
+// With AT_EACCESS the library might ask the mode bits instead, where that is EPERM.
+func (d *dir) writable() error {
+	return unix.Faccessat(int(d.self.Fd()), ".", unix.W_OK, 0)
+}
+
 func (d *dir) path(name string) string { return filepath.Join(d.root.Name(), name) }
 
 // sweep removes temporary files. Who makes them has the lock.

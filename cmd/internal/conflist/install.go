@@ -106,24 +106,40 @@ func (o Options) install(ctx context.Context) (Report, error) {
 	if err != nil {
 		return r, fmt.Errorf("%s: %w", r.Conflist, err)
 	}
-	if r.Placed, err = o.place(ctx, site.BinDir); err != nil {
-		return r, err
+	binary, err := o.place(ctx, site.BinDir)
+	if err != nil {
+		return r, denied(err)
 	}
+	defer binary.close()
 	r.Changes = planned
 	if !o.DryRun {
 		if r.Changes, err = edit(ctx, d, name, false); err != nil {
-			return r, fmt.Errorf("%s: %w", r.Conflist, err)
+			err = fmt.Errorf("%s: %w", r.Conflist, err)
+			if undoErr := binary.undo(); undoErr != nil {
+				return r, errors.Join(err, undoErr)
+			}
+			return r, denied(err)
 		}
 	}
+	r.Placed = binary.placed
 	if len(r.Changes) > 0 {
 		r.Conflist = r.Changes[0].Path
 	}
 	return r, nil
 }
 
+// denied makes a refusal of what the kernel does not permit, as the change of an
+// immutable file. Nothing has been changed.
+func denied(err error) error {
+	if errors.Is(err, fs.ErrPermission) && !errors.Is(err, ErrRefused) {
+		return refuse("%w", err)
+	}
+	return err
+}
+
 // editable says why the directory, or the file, is not to be edited.
 func (o Options) editable(d *dir, name string) error {
-	if err := unix.Faccessat(int(d.self.Fd()), ".", unix.W_OK, unix.AT_EACCESS); err != nil {
+	if err := d.writable(); err != nil {
 		return refuse("%s cannot be written: %w", d.root.Name(), err)
 	}
 	// Cilium restores its own file at once, and renames all others, unless
@@ -209,6 +225,9 @@ func (o Options) convert(_ context.Context, d *dir, name string, plan bool) ([]C
 		if err := d.root.Rename(name, saved); errors.Is(err, fs.ErrNotExist) {
 			continue
 		} else if err != nil {
+			if there == nil {
+				err = errors.Join(err, d.root.Remove(target))
+			}
 			return nil, err
 		}
 		moved, err := d.read(saved)
@@ -269,55 +288,95 @@ func listName(name string) string {
 	return strings.TrimSuffix(name, filepath.Ext(name)) + ".conflist"
 }
 
-// place puts the binary into a directory of plugins, and says whether another one,
-// or none, was there.
-func (o Options) place(ctx context.Context, path string) (bool, error) {
+// placing is the binary in a directory of plugins, which stays locked until close.
+type placing struct {
+	dir    *dir
+	placed bool   // it was put there: another one, or none, was
+	old    string // temporary name of the one before, "" for none
+	undone func() error
+}
+
+// undo takes the binary away again, or puts the one before in its place.
+func (p *placing) undo() error {
+	if p.undone == nil {
+		return nil
+	}
+	if err := p.undone(); err != nil {
+		return fmt.Errorf("put the binary back as it was: %w", err)
+	}
+	return p.dir.self.Sync()
+}
+
+func (p *placing) close() {
+	if p.old != "" {
+		_ = p.dir.root.Remove(p.old) // or it is swept
+	}
+	p.dir.close()
+}
+
+// place puts the binary into a directory of plugins.
+func (o Options) place(ctx context.Context, path string) (_ *placing, err error) {
 	source, err := os.Open(cmp.Or(o.Binary, "/proc/self/exe"))
 	if err != nil {
-		return false, fmt.Errorf("read the binary: %w", err)
+		return nil, fmt.Errorf("read the binary: %w", err)
 	}
 	defer source.Close()
 	d, err := openDir(ctx, path, o.DryRun)
 	if err != nil {
-		return false, err
+		return nil, err
 	}
-	defer d.close()
-	if err := unix.Faccessat(int(d.self.Fd()), ".", unix.W_OK, unix.AT_EACCESS); err != nil {
-		return false, refuse("%s cannot be written: %w; --cni-bin-dir names another directory of plugins", path, err)
+	p := &placing{dir: d}
+	defer func() {
+		if err != nil {
+			p.close()
+		}
+	}()
+	if err := d.writable(); err != nil {
+		return nil, refuse("%s cannot be written: %w; --cni-bin-dir names another directory of plugins", path, err)
 	}
 	name := plugin.Type
 	info, err := os.Stat(d.path(name)) // where a link leads, too
 	switch {
 	case err == nil && !info.Mode().IsRegular():
-		return false, refuse("%s is not a regular file", d.path(name))
+		return nil, refuse("%s is not a regular file", d.path(name))
 	case err == nil:
 		same, err := sameContent(source, d.path(name))
 		if err != nil {
-			return false, err
+			return nil, err
 		}
 		if same && info.Mode().Perm()&0o111 == 0o111 {
-			return false, nil
+			return p, nil
 		}
 		if link, err := d.root.Lstat(name); err != nil || link.Mode()&fs.ModeSymlink != 0 {
-			return false, refuse("%s is a symbolic link to another version: replace what it names, or remove it", d.path(name))
+			return nil, refuse("%s is a symbolic link to another version: replace what it names, or remove it", d.path(name))
 		}
 	case !errors.Is(err, fs.ErrNotExist):
-		return false, err
+		return nil, err
 	}
+	p.placed = true
 	if o.DryRun {
-		return true, nil
+		return p, nil
 	}
+	there := err == nil
 	if _, err := source.Seek(0, io.SeekStart); err != nil {
-		return false, err
+		return nil, err
 	}
 	temp, err := d.temp(source, 0o755, nil)
 	if err != nil {
-		return false, err
+		return nil, err
+	}
+	p.undone = func() error { return d.root.Remove(name) }
+	if there {
+		p.undone = nil // where files cannot have two names, the new one stays
+		if old := tempPrefix + "old" + tempSuffix; d.root.Link(name, old) == nil {
+			p.old = old
+			p.undone = func() error { return d.root.Rename(old, name) }
+		}
 	}
 	if err := d.root.Rename(temp, name); err != nil {
-		return false, errors.Join(fmt.Errorf("install the binary: %w", err), d.root.Remove(temp))
+		return nil, errors.Join(fmt.Errorf("install the binary: %w", err), d.root.Remove(temp))
 	}
-	return true, d.self.Sync()
+	return p, d.self.Sync()
 }
 
 func sameContent(a *os.File, path string) (bool, error) {

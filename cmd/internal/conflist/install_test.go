@@ -332,6 +332,65 @@ func TestSavedInTheWay(t *testing.T) {
 	}
 }
 
+// immutable makes a file or directory so until the test ends.
+func immutable(t *testing.T, path string) {
+	t.Helper()
+	const immutableFlag = 0x10 // FS_IMMUTABLE_FL of linux/fs.h
+	set := func(on bool) error {
+		f, err := os.Open(path)
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		flags, err := unix.IoctlGetInt(int(f.Fd()), unix.FS_IOC_GETFLAGS)
+		if err != nil {
+			return err
+		}
+		flags &^= immutableFlag
+		if on {
+			flags |= immutableFlag
+		}
+		return unix.IoctlSetPointerInt(int(f.Fd()), unix.FS_IOC_SETFLAGS, flags)
+	}
+	if err := set(true); err != nil {
+		t.Skipf("%s cannot be made immutable here: %v", path, err)
+	}
+	t.Cleanup(func() {
+		if err := set(false); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// What the kernel denies in spite of the modes is a refusal, and the binary is then as
+// it was, too.
+func TestImmutable(t *testing.T) {
+	for _, tc := range []struct{ name, path, binary string }{
+		{"the directory", "etc/cni/net.d", ""},
+		{"the list", "etc/cni/net.d/10.conflist", ""},
+		{"the list, with another binary", "etc/cni/net.d/10.conflist", "version 0"},
+		{"the plugins", "opt/cni/bin", ""},
+		{"a single plugin's file", "etc/cni/net.d/05.conf", ""},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			b := newBed(t, map[string]string{"10.conflist": sample(t, "flannel.conflist")})
+			if strings.HasSuffix(tc.path, ".conf") {
+				b.write(filepath.Join(b.opts.Root, tc.path), sample(t, "crio-old-bridge.conf"))
+			}
+			if tc.binary != "" {
+				b.write(filepath.Join(b.bin, plugin.Type), tc.binary)
+			}
+			before, beforeBin := tree(t, b.conf), tree(t, b.bin)
+			immutable(t, filepath.Join(b.opts.Root, tc.path))
+			if _, err := b.opts.Install(t.Context()); !errors.Is(err, ErrRefused) || !errors.Is(err, fs.ErrPermission) {
+				t.Errorf("error %v", err)
+			}
+			wantTree(t, b.conf, before)
+			wantTree(t, b.bin, beforeBin)
+		})
+	}
+}
+
 // Where it cannot be right nothing is changed, not even the binary placed.
 func TestRefused(t *testing.T) {
 	flannel := sample(t, "flannel.conflist")
