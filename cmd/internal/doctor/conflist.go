@@ -25,7 +25,10 @@ type Conflist struct {
 	// Missing are the capabilities that skipstack knows and its entry does not
 	// declare.
 	Missing []string
-	First   bool // the entry is the first, so there is no prevResult
+	// Broken says which file before Used cannot be loaded, and why; "" for none.
+	// containerd stops at it.
+	Broken string
+	First  bool // the entry is the first, so there is no prevResult
 }
 
 // capabilities are those that skipstack makes use of, and what is lost without.
@@ -49,13 +52,16 @@ func FindConflist(dir string) (Conflist, error) {
 	}
 	slices.Sort(files)
 	for _, path := range files {
+		var types []string
 		raw, err := os.ReadFile(path)
-		if err != nil {
-			continue
+		if err == nil {
+			types, err = pluginTypes(path, raw)
 		}
-		types := pluginTypes(path, raw)
-		if len(types) == 0 {
-			continue // no runtime can load it
+		if err != nil { // no runtime can load it
+			if found.Used == "" && found.Broken == "" {
+				found.Broken = fmt.Sprintf("%s: %v", path, err)
+			}
+			continue
 		}
 		if found.Used == "" {
 			found.Used = path
@@ -78,24 +84,31 @@ func ReadConflist(path string) Conflist {
 	return c
 }
 
-// pluginTypes lists the types of the plugins in a configuration, none if it cannot
-// be loaded.
-func pluginTypes(path string, raw []byte) []string {
-	var types []string
+// pluginTypes lists the types of the plugins in a configuration, at least one. The
+// error says why it cannot be loaded.
+func pluginTypes(path string, raw []byte) ([]string, error) {
 	if !strings.HasSuffix(path, ".conflist") {
-		if conf, err := libcni.NetworkPluginConfFromBytes(raw); err == nil && conf.Network.Type != "" {
-			types = append(types, conf.Network.Type)
+		conf, err := libcni.NetworkPluginConfFromBytes(raw)
+		if err != nil {
+			return nil, err
 		}
-		return types
+		if conf.Network.Type == "" {
+			return nil, errors.New("it has no type")
+		}
+		return []string{conf.Network.Type}, nil
 	}
 	list, err := libcni.NetworkConfFromBytes(raw)
 	if err != nil {
-		return nil
+		return nil, err
 	}
+	if len(list.Plugins) == 0 {
+		return nil, errors.New("it has no plugins")
+	}
+	var types []string
 	for _, p := range list.Plugins {
 		types = append(types, p.Network.Type)
 	}
-	return types
+	return types, nil
 }
 
 // describe looks at skipstack's entry.

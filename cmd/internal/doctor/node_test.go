@@ -160,6 +160,7 @@ func TestChecks(t *testing.T) {
 
 		"conflist":     {nil, checkConflist, verdict.OK, "10-bridge.conflist is valid"},
 		"no conflist":  {func(e *examination, _ string) { e.Conflist = Conflist{} }, checkConflist, verdict.NotOK, "no network configuration in /etc/cni/net.d"},
+		"broken":       {func(e *examination, _ string) { e.Conflist = Conflist{Broken: "/x: no JSON"} }, checkConflist, verdict.NotOK, "cannot load /x: no JSON"},
 		"no entry":     {func(e *examination, _ string) { e.Conflist = Conflist{Used: "/x"} }, checkConflist, verdict.NotOK, "no entry of skipstack in /x"},
 		"first":        {func(e *examination, _ string) { e.Conflist.First = true }, checkConflist, verdict.NotOK, "first plugin"},
 		"not used":     {func(e *examination, _ string) { e.Conflist.Used = "/etc/cni/net.d/00-multus.conf" }, checkConflist, verdict.NotOK, "uses /etc/cni/net.d/00-multus.conf"},
@@ -225,12 +226,17 @@ func TestFindConflist(t *testing.T) {
 		path, used string
 		first      bool
 		missing    int
+		broken     string
 	}{
 		"no directory": {},
 		"the first":    {files: map[string]string{"10.conflist": list(bridge, entry), "20.conflist": list(bridge, entry)}, path: "10.conflist", used: "10.conflist"},
 		"the second":   {files: map[string]string{"00-multus.conf": `{"cniVersion":"1.0.0","name":"m","type":"multus"}`, "10.conflist": list(bridge, entry)}, path: "10.conflist", used: "00-multus.conf"},
 		"no entry":     {files: map[string]string{"10.conflist": list(bridge)}, used: "10.conflist"},
-		"broken first": {files: map[string]string{"00.conflist": `{`, "05.conflist": list(), "10.conflist": list(bridge, entry)}, path: "10.conflist", used: "10.conflist"},
+		"broken first": {files: map[string]string{"00.conflist": `{`, "05.conflist": list(), "10.conflist": list(bridge, entry)}, path: "10.conflist", used: "10.conflist", broken: "00.conflist: "},
+		"broken alone": {files: map[string]string{"1.conflist": `{`}, broken: "1.conflist: error parsing"},
+		"empty":        {files: map[string]string{"1.conflist": ""}, broken: "1.conflist: error parsing"},
+		"no plugins":   {files: map[string]string{"1.conflist": list()}, broken: "1.conflist: "},
+		"broken later": {files: map[string]string{"10.conflist": list(bridge), "20.conflist": `{`}, used: "10.conflist"},
 		"not the kind": {files: map[string]string{"00.conflist.bak": list(bridge, entry), "README": "x"}},
 		"at the start": {files: map[string]string{"10.conflist": list(entry, bridge)}, path: "10.conflist", used: "10.conflist", first: true},
 		"capabilities": {files: map[string]string{"10.conflist": list(bridge, `{"type":"skipstack","capabilities":{"bandwidth":false}}`)}, path: "10.conflist", used: "10.conflist", missing: 3},
@@ -250,7 +256,8 @@ func TestFindConflist(t *testing.T) {
 				}
 				return filepath.Base(path)
 			}
-			if base(got.Path) != tc.path || base(got.Used) != tc.used || got.First != tc.first || len(got.Missing) != tc.missing {
+			if base(got.Path) != tc.path || base(got.Used) != tc.used || got.First != tc.first || len(got.Missing) != tc.missing ||
+				(got.Broken == "") != (tc.broken == "") || !strings.Contains(got.Broken, tc.broken) {
 				t.Errorf("%+v", got)
 			}
 			if named := ReadConflist(got.Path); got.Path != "" && (named.First != got.First || len(named.Missing) != len(got.Missing) || named.Path != got.Path) {
