@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"net"
 
 	"github.com/spf13/cobra"
 
@@ -50,6 +51,9 @@ configuration.`, false,
 				log.Info("a BPF file system is mounted", "bpffs", conf.BPFFS)
 				return nil
 			}
+			if err := checkListen(listen); err != nil {
+				return err
+			}
 			keep, err := where.options(cmd.Flags().Changed)
 			if err != nil {
 				return err
@@ -85,6 +89,21 @@ configuration.`, false,
 	f.StringVar(&level, "log-level", "info", "debug, info, warn or error")
 	f.StringVar(&format, "log-format", "json", "json or text")
 	return cmd
+}
+
+// checkListen refuses what is no address, rather than what cannot be listened on now.
+func checkListen(address string) error {
+	if address == "" {
+		return nil
+	}
+	_, port, err := net.SplitHostPort(address)
+	if err == nil {
+		_, err = net.LookupPort("tcp", port)
+	}
+	if err != nil {
+		return fmt.Errorf("--listen %q: %w; %w", address, err, errUsage)
+	}
+	return nil
 }
 
 func (c *cli) agentLog(level, format string) (*slog.Logger, error) {

@@ -69,6 +69,7 @@ func Run(ctx context.Context, args []string, s Streams, deps plugin.Deps, extra 
 	root.SetErr(s.Err)
 	root.AddCommand(c.load(), c.unload(), c.on(), c.off(), c.status(), c.connections(), c.install(), c.uninstall(), c.agent(), c.doctor(), c.version(), c.man(), c.probe())
 	root.AddCommand(extra...)
+	strictCompletion(root)
 	for _, cmd := range root.Commands() {
 		c.complete(cmd)
 	}
@@ -93,6 +94,14 @@ type failed struct{ err error }
 
 func (e *failed) Error() string { return e.err.Error() }
 func (e *failed) Unwrap() error { return e.err }
+
+// done is what a command's error becomes once its arguments were understood.
+func done(err error) error {
+	if err == nil {
+		return nil
+	}
+	return &failed{err}
+}
 
 func exitCode(err error) int {
 	var own interface{ ExitCode() int }
@@ -239,10 +248,7 @@ func (c *cli) command(use, short, long string, withJSON bool, run func(cmd *cobr
 			if err == nil {
 				err = run(cmd, conf, flags.json)
 			}
-			if err != nil {
-				return &failed{err}
-			}
-			return nil
+			return done(err)
 		},
 	}
 	flags.register(cmd, withJSON)

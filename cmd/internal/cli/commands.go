@@ -151,7 +151,7 @@ func (c *cli) switchCommand(use, short string, off bool, long string) *cobra.Com
 	cmd := c.command(use, short, long, true,
 		func(cmd *cobra.Command, conf plugin.Config, asJSON bool) error {
 			if off {
-				if err := needs(cmd, "timeout", "wait"); err != nil {
+				if err := errors.Join(needs(cmd, "timeout", "wait"), checkTimeout(timeout)); err != nil {
 					return err
 				}
 			}
@@ -251,7 +251,7 @@ func (c *cli) version() *cobra.Command {
 		RunE: func(*cobra.Command, []string) error {
 			v := buildInfo()
 			if asJSON {
-				return c.printJSON(v)
+				return done(c.printJSON(v))
 			}
 			revision := ""
 			if v.Revision != "" {
@@ -263,7 +263,7 @@ func (c *cli) version() *cobra.Command {
 					revision += " of " + v.Time
 				}
 			}
-			return c.printf("skipstack %s%s, %s %s\nCNI specification %s\n", v.Version, revision, v.Go, v.Platform, strings.Join(v.CNI, ", "))
+			return done(c.printf("skipstack %s%s, %s %s\nCNI specification %s\n", v.Version, revision, v.Go, v.Platform, strings.Join(v.CNI, ", ")))
 		},
 	}
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print JSON")

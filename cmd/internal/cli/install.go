@@ -49,6 +49,9 @@ func (s *site) options(given func(flag string) bool) (conflist.Options, error) {
 			return conflist.Options{}, emptyFlag(f.name)
 		}
 	}
+	if given("conflist") && !conflist.IsNetwork(s.conflist) {
+		return conflist.Options{}, fmt.Errorf("--conflist %s is not the name of a network configuration; %w", s.conflist, errUsage)
+	}
 	return conflist.Options{ConfDir: s.confDir, BinDir: s.binDir, CacheDir: s.cacheDir, Conflist: s.conflist, DryRun: s.dryRun}, nil
 }
 
@@ -246,7 +249,7 @@ Where an agent keeps the entry, remove that first.
 Exit codes: 0 done; 1 failed, or connections were left at the deadline: run it again;
 2 wrong usage or configuration; 3 refused, with the reason.`, true,
 		func(cmd *cobra.Command, conf plugin.Config, asJSON bool) error {
-			if err := needs(cmd, "timeout", "drain"); err != nil {
+			if err := errors.Join(needs(cmd, "timeout", "drain"), checkTimeout(timeout)); err != nil {
 				return err
 			}
 			o, err := where.options(cmd.Flags().Changed)

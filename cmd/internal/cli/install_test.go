@@ -181,7 +181,8 @@ func TestInstallExitCodes(t *testing.T) {
 		{"install --mode fast", 2, `"fast" is not one of`},
 		{"install --accept-risks all", 2, `"all" is not one of`},
 		{"install --conflist 20.conflist", 1, "20.conflist"},
-		{"install --conflist ../x", 3, "not the name"},
+		{"install --conflist ../x", 2, "not the name"},
+		{"install --conflist x.txt", 2, "not the name"},
 		{"install --conflist=", 2, "--conflist has no value"},
 		{"install --config=", 2, "--config has no value"},
 		{"install --config /no/such", 2, "no such file"},
@@ -190,6 +191,11 @@ func TestInstallExitCodes(t *testing.T) {
 		{"uninstall --cni-cache-dir=", 2, "--cni-cache-dir has no value"},
 		{"uninstall --timeout 1m", 2, "--timeout is of no use without --drain"},
 		{"off --timeout 1m", 2, "--timeout is of no use without --wait"},
+		{"off --wait --timeout -5s", 2, "--timeout -5s is negative"},
+		{"uninstall --drain --timeout -5s", 2, "--timeout -5s is negative"},
+		{"completion foo", 2, `unknown command "foo"`},
+		{"agent --conflist ../x", 2, "not the name"},
+		{"agent --listen 127.0.0.1:99999", 2, "--listen"},
 		{"on --wait", 2, "unknown flag"},
 		{"man", 2, "arg"},
 		{"man /dev/null/x", 1, "man pages"},
@@ -377,6 +383,22 @@ func TestMan(t *testing.T) {
 	t.Setenv("SOURCE_DATE_EPOCH", "x")
 	if code, _, errs := exec(&fake{}, "man", dir); code != 1 || !strings.Contains(errs, "SOURCE_DATE_EPOCH") {
 		t.Errorf("code %d, %s", code, errs)
+	}
+}
+
+// What cannot be written is a failure, not wrong usage.
+func TestCannotPrint(t *testing.T) {
+	full, err := os.OpenFile("/dev/full", os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer full.Close()
+	for _, args := range []string{"version", "version --json", "completion bash", "completion zsh", "completion fish", "completion powershell"} {
+		var errs strings.Builder
+		f := &fake{}
+		if code := Run(t.Context(), strings.Fields(args), Streams{Out: full, Err: &errs}, plugin.Deps{Datapath: f, Cgroups: cgroups{}, Verdicts: verdicts{f}}); code != 1 || !strings.Contains(errs.String(), "no space left") {
+			t.Errorf("%s: code %d, %s", args, code, errs.String())
+		}
 	}
 }
 

@@ -119,6 +119,33 @@ func (c *cli) complete(cmd *cobra.Command) {
 	}
 }
 
+// strictCompletion makes cobra's command for completion scripts use the exit codes of
+// the others: it would take an unknown shell for a request for help, and a failed write
+// for wrong usage.
+func strictCompletion(root *cobra.Command) {
+	root.InitDefaultCompletionCmd()
+	for _, cmd := range root.Commands() {
+		if cmd.Name() != "completion" {
+			continue
+		}
+		cmd.Args = cobra.NoArgs
+		cmd.RunE = func(cmd *cobra.Command, _ []string) error { return cmd.Help() }
+		for _, shell := range cmd.Commands() {
+			write := shell.RunE
+			if write == nil {
+				run := shell.Run
+				write = func(cmd *cobra.Command, args []string) error { run(cmd, args); return nil }
+			}
+			shell.RunE = func(cmd *cobra.Command, args []string) error {
+				if err := write(cmd, args); err != nil {
+					return &failed{fmt.Errorf("print: %w", err)}
+				}
+				return nil
+			}
+		}
+	}
+}
+
 // completePods are the pods that are attached.
 func (c *cli) completePods(cmd *cobra.Command, _ []string, _ string) ([]string, cobra.ShellCompDirective) {
 	dir := plugin.DefaultRunDir

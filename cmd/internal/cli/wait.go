@@ -58,6 +58,14 @@ func (c *cli) wait(ctx context.Context, timeout time.Duration, left func() (uint
 	}
 }
 
+// checkTimeout refuses a --timeout that nobody can mean.
+func checkTimeout(timeout time.Duration) error {
+	if timeout < 0 {
+		return fmt.Errorf("--timeout %v is negative; %w", timeout, errUsage)
+	}
+	return nil
+}
+
 // needs refuses a flag that has no effect without another one.
 func needs(cmd *cobra.Command, flag, other string) error {
 	if cmd.Flags().Changed(flag) && !cmd.Flags().Changed(other) {

@@ -127,11 +127,12 @@ func (d *dir) names() ([]string, error) {
 // (containerd) and ocicni (CRI-O) take the first for the pods' network.
 func (d *dir) networks() ([]string, error) {
 	names, err := d.names()
-	return slices.DeleteFunc(names, func(name string) bool { return !isNetwork(name) }), err
+	return slices.DeleteFunc(names, func(name string) bool { return !IsNetwork(name) }), err
 }
 
-func isNetwork(name string) bool {
-	return slices.Contains([]string{".conf", ".conflist", ".json"}, filepath.Ext(name))
+// IsNetwork says whether a file of this name is one that runtimes load. A path is not.
+func IsNetwork(name string) bool {
+	return name == filepath.Base(name) && slices.Contains([]string{".conf", ".conflist", ".json"}, filepath.Ext(name))
 }
 
 // file is what was read of one.

@@ -247,7 +247,7 @@ func (o Options) active(d *dir) (string, error) {
 		return "", err
 	}
 	if o.Conflist != "" {
-		if o.Conflist != filepath.Base(o.Conflist) || !isNetwork(o.Conflist) {
+		if !IsNetwork(o.Conflist) {
 			return "", refuse("%s is not the name of a network configuration in %s", o.Conflist, d.root.Name())
 		}
 		if !slices.Contains(names, o.Conflist) {
