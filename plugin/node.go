@@ -64,6 +64,12 @@ func (n *Node) Load(ctx context.Context, conf Config) (Loaded, error) {
 	if _, err := n.Cgroups.Root(conf.CgroupRoot); err != nil {
 		return out, err
 	}
+	// Nor is the run directory to be made in vain.
+	mounting, mounted := context.WithTimeout(ctx, n.lockWait)
+	defer mounted()
+	if err := n.Datapath.EnsureBPFFS(mounting, conf.BPFFS); err != nil {
+		return out, err
+	}
 	probe, err := n.lockProbe(ctx, conf)
 	if err != nil {
 		return out, err
@@ -71,9 +77,6 @@ func (n *Node) Load(ctx context.Context, conf Config) (Loaded, error) {
 	defer probe.Close()
 	waiting, cancel := context.WithTimeout(ctx, n.lockWait)
 	defer cancel()
-	if err := n.Datapath.EnsureBPFFS(waiting, conf.BPFFS); err != nil {
-		return out, err
-	}
 	out.Was = "this build"
 	if set, err := n.Datapath.Open(conf.BPFFS); err == nil {
 		set.Close()

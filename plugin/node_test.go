@@ -3,6 +3,7 @@ package plugin
 import (
 	"context"
 	"errors"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -79,6 +80,19 @@ func TestLoadChecksCgroupRootFirst(t *testing.T) {
 		if b.datapath.loaded || b.datapath.called("EnsureBPFFS") > 0 || b.verdicts.probes > 0 {
 			t.Errorf("did %v, %d probes", b.datapath.calls, b.verdicts.probes)
 		}
+	}
+}
+
+// Where there is no BPF file system, nothing is written.
+func TestLoadChecksBPFFSFirst(t *testing.T) {
+	b := newBench(t)
+	b.runDir = filepath.Join(b.runDir, "none")
+	b.datapath.fail["EnsureBPFFS"] = datapath.ErrNoBPFFS
+	if _, err := b.node().Load(t.Context(), b.config()); !errors.Is(err, datapath.ErrNoBPFFS) {
+		t.Errorf("error %v", err)
+	}
+	if _, err := os.Lstat(b.runDir); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the run directory was made: %v", err)
 	}
 }
 
