@@ -146,9 +146,12 @@ func (n *Node) Status(conf Config, cniCacheDir string) Report {
 			r.Problems = append(r.Problems, err.Error())
 		}
 	}
-	if v, err := n.Verdicts.Cached(conf.RunDir); err == nil {
+	switch v, err := n.Verdicts.Cached(conf.RunDir); {
+	case err == nil:
 		r.Verdict, r.Probes = v.Summary, v.Document
-	} else {
+	case errors.Is(err, ErrNoVerdict):
+		r.Verdict = "unknown: " + ErrNoVerdict.Error() // the rest says it again
+	default:
 		r.Verdict = "unknown: " + err.Error()
 	}
 	seen, err := n.observe(conf)

@@ -58,6 +58,7 @@ func Run(ctx context.Context, args []string, s Streams, deps plugin.Deps, extra 
 		Use:           "skipstack",
 		Short:         "TCP between pods of one node skips the TCP/IP stack",
 		Long:          about,
+		Version:       buildInfo().Version,
 		SilenceErrors: true,
 		SilenceUsage:  true,
 		Args:          cobra.NoArgs,

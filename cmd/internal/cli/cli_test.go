@@ -128,7 +128,9 @@ func (f *fake) Observe() (datapath.Observation, error) {
 		Sockets: datapath.Usage{Entries: 2, Max: 8},
 	}, f.fail
 }
-func (f *fake) Cached(string) (plugin.Verdict, error) { return plugin.Verdict{}, plugin.ErrNoVerdict }
+func (f *fake) Cached(string) (plugin.Verdict, error) {
+	return plugin.Verdict{}, fmt.Errorf("%w: no file", plugin.ErrNoVerdict)
+}
 func (f *fake) Probe(context.Context, plugin.Config) (plugin.Verdict, error) {
 	f.probed++
 	return f.verdict, nil
@@ -232,7 +234,7 @@ func TestCommands(t *testing.T) {
 		{name: "doctor help", args: "doctor --help", out: []string{"0 safe; 4 risky; 3 unsupported", "--cni-conf-dir", "--no-cache", "--config CONFLIST"}},
 		{name: "doctor, argument", args: "doctor x", code: 2, err: "x"},
 		{name: "doctor, no such config", args: "doctor --config /no/such/file", code: 2, err: "no such file"},
-		{name: "status, nothing loaded", args: "status --run-dir RUN", out: []string{"not to be seen: the datapath is not loaded", "unknown: the kernel has not been probed yet", "No pods are known."}},
+		{name: "status, nothing loaded", args: "status --run-dir RUN", out: []string{"not to be seen: the datapath is not loaded", "unknown: the kernel has not been probed yet\n", "No pods are known."}},
 		{name: "status", args: "status --run-dir RUN", prepare: loaded, pod: true, out: []string{"socks 2 of 8", "Node:       closed:",
 			"2 connections accelerated now; 1.5 kB redirected in 2 messages, 500 B passed in 1 message (75.0 % bypassed)", "Passed:     not_read 1\n", "Handshakes: enrolled 1\n",
 			"POD     STATE     CONNECTIONS  REDIRECTED  PASSED  BYPASSED  PLAIN BECAUSE\nns/web  attached  1            1.5 kB      500 B   75.0 %    the kernel has not been probed"}},
@@ -242,7 +244,8 @@ func TestCommands(t *testing.T) {
 				"       server  cgroup 9  10.0.0.3:8080   10.0.0.2:40000  1.5 kB      0 B     12 B    redirected\n" +
 				"1m30s  client  closed, or not recognised\n"}},
 		{name: "connections of a port", args: "connections --run-dir RUN --port 81", prepare: loaded, out: []string{"No connections."}},
-		{name: "connections, not loaded", args: "connections --run-dir RUN", code: 1, err: "not loaded"},
+		{name: "connections, not loaded", args: "connections --run-dir RUN", out: []string{"No connections: the datapath is not loaded.\n"}},
+		{name: "connections, not loaded, JSON", args: "connections --run-dir RUN --json", out: []string{"[]\n"}},
 		{name: "connections, bad port", args: "connections --port 0", code: 2, err: "--port 0"},
 		{name: "connections, large port", args: "connections --port 65536", code: 2, err: "65536"},
 		{name: "connections, bad pod", args: "connections --pod web", code: 2, err: "NAMESPACE/NAME"},
@@ -255,6 +258,7 @@ func TestCommands(t *testing.T) {
 		{name: "agent, mount only", args: "agent --mount-only --bpffs /mnt/bpf", err: "a BPF file system is mounted"},
 		{name: "agent, mount fails", args: "agent --mount-only", prepare: func(f *fake) { f.fail = datapath.ErrNoBPFFS }, code: 1, err: "not a BPF file system"},
 		{name: "version", args: "version", out: []string{"skipstack ", "CNI specification 0.3.0, 0.3.1, 0.4.0, 1.0.0, 1.1.0"}},
+		{name: "version flag", args: "--version", out: []string{"skipstack version "}},
 		{name: "version, argument", args: "version x", code: 2, err: "x"},
 		{name: "probe", args: `probe --entry {"runDir":"RUN"}`, prepare: loaded, err: `verdict="risky: splice"`},
 		{name: "probe, bad entry", args: `probe --entry {"x":1}`, code: 2, err: `unknown key "x"`},

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"maps"
@@ -28,7 +29,8 @@ many are accelerated now, and what it has sent: redirected, or passed to TCP. BY
 is the share of bytes that skipped the stack, of those sent to attached pods of this
 node; what goes to other nodes is not in it.
 
-It reads, and changes nothing. Traffic is not slowed down.`, true,
+It reads, and changes nothing. Traffic is not slowed down. Where the datapath is not
+loaded it says so, and exits with 0.`, true,
 		func(cmd *cobra.Command, conf plugin.Config, asJSON bool) error {
 			if cacheDir == "" {
 				return emptyFlag("cni-cache-dir")
@@ -196,7 +198,8 @@ those that it has not read yet. NEXT is what would become of a message sent now:
 reason why TCP would carry it.
 
 Only connections that the handshake has shown to be between two attached pods are
-listed. Listing them costs the traffic nothing. With --watch and --json, each look is one line.`, true,
+listed, and none where the datapath is not loaded, which is no error, as for status.
+Listing them costs the traffic nothing. With --watch and --json, each look is one line.`, true,
 		func(cmd *cobra.Command, conf plugin.Config, asJSON bool) error {
 			filter := plugin.ConnectionFilter{Port: port}
 			var err error
@@ -214,9 +217,15 @@ listed. Listing them costs the traffic nothing. With --watch and --json, each lo
 			node := plugin.NewNode(c.deps)
 			look := func(ctx context.Context) error {
 				list, err := node.Connections(ctx, conf, filter)
+				none := errors.Is(err, datapath.ErrNotLoaded)
+				if none {
+					list = []plugin.ConnectionReport{}
+				}
 				switch {
-				case err != nil:
+				case err != nil && !none:
 					return err
+				case none && !asJSON:
+					return c.printf("No connections: %v.\n", datapath.ErrNotLoaded)
 				case asJSON && watch:
 					return json.NewEncoder(c.streams.Out).Encode(list)
 				case asJSON:
