@@ -12,6 +12,8 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
+	"github.com/skipstack/skipstack/cmd/internal/conflist"
+	"github.com/skipstack/skipstack/cmd/internal/doctor"
 	"github.com/skipstack/skipstack/plugin"
 )
 
@@ -61,6 +63,9 @@ It mounts a BPF file system where there is none.`, true,
 			if err == nil {
 				err = c.printf("%s", outlook(got, conf.Mode, cmd.Flags().Changed("config")))
 			}
+			if err == nil && !cmd.Flags().Changed("config") {
+				err = c.printf("%s", otherEntry(conflist.Options{}))
+			}
 			return errors.Join(err, unfit)
 		})
 }
@@ -81,6 +86,20 @@ func outlook(got plugin.Loaded, mode plugin.Mode, configured bool) string {
 	default:
 		return pods + " are accelerated unless they opt out.\n"
 	}
+}
+
+// otherEntry is the line of load that names the entry which is installed, if there is
+// one: load without --config does not go by it, as several may be.
+func otherEntry(o conflist.Options) string {
+	found, _ := o.Find() // without a network, there is none
+	if found.ConfDir == "" {
+		return ""
+	}
+	list, err := doctor.FindConflist(found.ConfDir)
+	if err != nil || list.Path == "" {
+		return ""
+	}
+	return fmt.Sprintf("Pods of %s may get something else: `skipstack load --config %s` says what.\n", list.Path, list.Path)
 }
 
 func (c *cli) unload() *cobra.Command {

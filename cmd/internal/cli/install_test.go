@@ -15,6 +15,7 @@ import (
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
+	"github.com/skipstack/skipstack/cmd/internal/conflist"
 	"github.com/skipstack/skipstack/plugin"
 	"github.com/skipstack/skipstack/plugin/datapath"
 )
@@ -105,6 +106,24 @@ The binary would be put at %[2]s.
 	}
 	if code, out, _ := run("uninstall"); code != 0 || out != "Nothing was installed.\n" {
 		t.Errorf("code %d, %s", code, out)
+	}
+}
+
+// load says which entry it does not go by.
+func TestOtherEntry(t *testing.T) {
+	flags, file, _ := newSite(t)
+	o := conflist.Options{ConfDir: filepath.Dir(file)}
+	if got := otherEntry(o); got != "" {
+		t.Errorf("not installed: %q", got)
+	}
+	if code, _, errs := exec(&fake{}, append([]string{"install", "--accept-risks", "splice"}, flags...)...); code != 0 {
+		t.Fatal(errs)
+	}
+	if got := otherEntry(o); !strings.Contains(got, "load --config "+file) {
+		t.Errorf("installed: %q", got)
+	}
+	if got := otherEntry(conflist.Options{ConfDir: t.TempDir()}); got != "" {
+		t.Errorf("no network: %q", got)
 	}
 }
 
