@@ -22,7 +22,7 @@ type trial struct {
 	rig         *rig
 	connections int  // that were made and can be accelerated
 	closed      bool // the gate, in mode switched
-	disturbed   bool // by a shortage of memory
+	disturbed   bool // by a shortage of memory, or by a row before
 
 	mu      sync.Mutex
 	notes   []string
