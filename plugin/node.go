@@ -137,8 +137,9 @@ func plainOf(conf Config, node datapath.NodeSettings) string {
 	return whyPlain(node, settings)
 }
 
-// probeRounds is how often Probe looks for pods to attach at most: some may be
-// impossible to attach. Each round waits lockWait for a lock that somebody holds.
+// probeRounds is how often Probe tries to set the gate and to attach pods at most:
+// some may be impossible to attach, and a lock that somebody holds is waited for in
+// each round for lockWait.
 const probeRounds = 12
 
 // Probe is the detached child of an ADD: it finds the verdict out, opens the
@@ -155,7 +156,7 @@ func (n *Node) Probe(ctx context.Context, conf Config, load bool, held *os.File)
 		v, err = n.probe(ctx, conf, load, held)
 		// An ADD that gave up after the last look for pods started no prober,
 		// because this one held the lock.
-		if err != nil && !isBusy(err) || !v.Supported || !anyPending(conf) {
+		if !isBusy(err) && (err != nil || !v.Supported || !anyPending(conf)) {
 			break
 		}
 		again, lockErr := lockProbe(ended(), conf.RunDir)
