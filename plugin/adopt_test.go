@@ -112,6 +112,9 @@ func TestAdopt(t *testing.T) {
 		b.datapath.block["Load"] = stuck
 		b.mustAdd(request{})
 		b.wantRecord(request{}, attachment.Skipped, "busy: the datapath is being loaded")
+		if !reflect.DeepEqual(b.prober.starts, []bool{true}) {
+			t.Errorf("prober started %v", b.prober.starts)
+		}
 		close(stuck)
 	})
 	t.Run("deleted", func(t *testing.T) {

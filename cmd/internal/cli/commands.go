@@ -20,9 +20,9 @@ import (
 func (c *cli) load() *cobra.Command {
 	return c.command("load", "Load the datapath, or replace another build's",
 		`The first pod's ADD loads the datapath by itself; load does it beforehand, and
-says what the kernel is fit for, and whether pods will be accelerated. After an upgrade or downgrade of skipstack it puts
-this build's programs in place of the loaded ones; connections that are accelerated
-go on with the programs they have.
+says what the kernel is fit for, and whether pods will be accelerated. After an
+upgrade or downgrade of skipstack it puts this build's programs in place of the
+loaded ones; connections that are accelerated go on with the programs they have.
 
 It mounts a BPF file system where there is none.`, true,
 		func(cmd *cobra.Command, conf plugin.Config, asJSON bool) error {
