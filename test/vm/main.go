@@ -27,6 +27,7 @@ import (
 	"time"
 
 	"github.com/skipstack/skipstack/test/debian"
+	"github.com/skipstack/skipstack/test/vm/machine"
 )
 
 func main() {
@@ -109,14 +110,14 @@ type lab struct {
 	verbose bool
 	limit   time.Duration
 	apt     *debian.APT
-	qemu    *qemu
+	qemu    *machine.QEMU
 }
 
 func (l *lab) prepare(ctx context.Context, plans []plan) (err error) {
 	ctx, cancel := context.WithTimeout(ctx, 15*time.Minute)
 	defer cancel()
 	l.apt = &debian.APT{Dir: filepath.Join(l.cache, "apt"), Logf: logf}
-	if l.qemu, err = fetchQEMU(ctx, l.cache, l.apt); err != nil {
+	if l.qemu, err = machine.FetchQEMU(ctx, l.cache, l.apt); err != nil {
 		return fmt.Errorf("get an emulator: %w", err)
 	}
 	return l.build(ctx, plans)
@@ -172,11 +173,11 @@ func (l *lab) kernel(ctx context.Context, p plan) (r result, err error) {
 	defer func() { r.took = time.Since(begin) }()
 	fetch, cancel := context.WithTimeout(ctx, 15*time.Minute)
 	defer cancel()
-	k, err := fetchKernel(fetch, l.cache, l.apt, p.kernel)
+	k, err := machine.FetchKernel(fetch, l.cache, l.apt, p.kernel)
 	if err != nil {
 		return r, fmt.Errorf("get the kernel: %w", err)
 	}
-	r.release = k.release
+	r.release = k.Release
 
 	logs := filepath.Join(l.cache, "logs", strings.TrimSpace(p.kernel+" "+p.params))
 	if err := os.RemoveAll(logs); err != nil {
@@ -202,10 +203,12 @@ func (l *lab) kernel(ctx context.Context, p plan) (r result, err error) {
 	defer cancel()
 	judge := newJudge(p, l.out, logs, l.verbose)
 	console := filepath.Join(logs, "console")
-	err = l.qemu.boot(boot, k, p.params, initramfs, console, judge.event)
+	err = l.qemu.Boot(boot, machine.Options{
+		Kernel: k, Params: p.params, Initramfs: initramfs, Console: console, Memory: 3072,
+	}, judge.event)
 	err = errors.Join(err, judge.close())
 	r.passed, r.failed, r.skipped = judge.passed, judge.failed, judge.skipped
-	said, readErr := complaints(console)
+	said, readErr := machine.Complaints(console)
 	if len(said) > 0 {
 		err = errors.Join(err, fmt.Errorf("the kernel complained: %s", strings.Join(said, "; ")))
 	}

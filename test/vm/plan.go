@@ -15,6 +15,7 @@ import (
 	"github.com/skipstack/skipstack/plugin/verdict"
 	"github.com/skipstack/skipstack/test/node"
 	"github.com/skipstack/skipstack/test/vm/job"
+	"github.com/skipstack/skipstack/test/vm/machine"
 )
 
 // A plan is what to do on one kernel.
@@ -195,7 +196,7 @@ func choose(only string, match *regexp.Regexp, tests string) ([]plan, error) {
 }
 
 // pack makes the initramfs.
-func (l *lab) pack(ctx context.Context, k *kernelTree, p plan, path string) (err error) {
+func (l *lab) pack(ctx context.Context, k *machine.Kernel, p plan, path string) (err error) {
 	f, err := os.Create(path)
 	if err != nil {
 		return err
@@ -205,26 +206,26 @@ func (l *lab) pack(ctx context.Context, k *kernelTree, p plan, path string) (err
 			err = closeErr
 		}
 	}()
-	a := newArchive(f)
+	a := machine.NewArchive(f)
 	add := func(from, to string) error {
 		data, err := os.ReadFile(from)
 		if err != nil {
 			return err
 		}
-		return a.file(to, 0o755, data)
+		return a.File(to, 0o755, data)
 	}
 	if err := add(filepath.Join(l.cache, "bin/guest"), "init"); err != nil {
 		return err
 	}
-	order, err := k.load(ctx, modules)
+	order, err := k.Load(ctx, modules)
 	if err != nil {
 		return err
 	}
 	var s job.Script
 	for _, m := range order {
-		name := "modules/" + m.name + ".ko"
+		name := "modules/" + m.Name + ".ko"
 		s.Modules = append(s.Modules, "/"+name)
-		if err := a.file(name, 0o644, m.data); err != nil {
+		if err := a.File(name, 0o644, m.Data); err != nil {
 			return err
 		}
 	}
@@ -265,13 +266,13 @@ func (l *lab) pack(ctx context.Context, k *kernelTree, p plan, path string) (err
 	if err != nil {
 		return err
 	}
-	if err := a.file(strings.TrimPrefix(job.ScriptPath, "/"), 0o644, text); err != nil {
+	if err := a.File(strings.TrimPrefix(job.ScriptPath, "/"), 0o644, text); err != nil {
 		return err
 	}
-	return a.close()
+	return a.Close()
 }
 
-func addTree(a *archive, from, to string) error {
+func addTree(a *machine.Archive, from, to string) error {
 	err := filepath.WalkDir(from, func(path string, d fs.DirEntry, err error) error {
 		if err != nil || d.IsDir() {
 			return err
@@ -284,7 +285,7 @@ func addTree(a *archive, from, to string) error {
 		if err != nil {
 			return err
 		}
-		return a.file(filepath.Join(to, rel), 0o644, data)
+		return a.File(filepath.Join(to, rel), 0o644, data)
 	})
 	if os.IsNotExist(err) {
 		return nil

@@ -1,6 +1,8 @@
 // Command guest is the first process of a virtual machine: it mounts what a node
 // has, loads modules, runs the programs of a script, reports to the host and
-// powers off. Started in any other way it is a program of such a script.
+// powers off. If the script names a disk, it leaves all but the modules to the
+// system there, which starts "guest script" as a service. Started in any other way
+// it is a program of such a script.
 package main
 
 import (
@@ -25,6 +27,9 @@ func main() {
 		first()
 		return
 	}
+	if len(os.Args) == 2 && os.Args[1] == "script" {
+		os.Exit(service())
+	}
 	os.Exit(program(os.Args[1:], os.Stdin, os.Stdout))
 }
 
@@ -36,10 +41,7 @@ func first() {
 		err = out.open()
 	}
 	if err == nil {
-		err = boot()
-	}
-	if err == nil {
-		err = runScript(out)
+		err = start(out)
 	}
 	if err != nil {
 		out.send(job.Event{Kind: job.Failed, Text: err.Error()})
@@ -48,6 +50,72 @@ func first() {
 	unix.Sync()
 	err = unix.Reboot(unix.LINUX_REBOOT_CMD_POWER_OFF)
 	panic(fmt.Sprintf("power off: %v", err))
+}
+
+func start(out *events) error {
+	s, err := readScript()
+	if err != nil {
+		return err
+	}
+	if err := loadModules(s.Modules); err != nil {
+		return err
+	}
+	if s.Disk != "" {
+		return switchRoot(s.Disk)
+	}
+	if err := boot(); err != nil {
+		return err
+	}
+	return runScript(out, s)
+}
+
+// service runs the script of the disk that the system was started from.
+func service() int {
+	out := &events{}
+	err := out.open()
+	if err == nil {
+		var s job.Script
+		if s, err = readScript(); err == nil {
+			err = runScript(out, s)
+		}
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		out.send(job.Event{Kind: job.Failed, Text: err.Error()})
+	}
+	out.flush()
+	if err != nil {
+		return 1
+	}
+	return 0
+}
+
+// switchRoot replaces the initramfs by the system on a disk, and this process by
+// that system's first one. It returns only if that fails.
+func switchRoot(disk string) error {
+	const root = "/root"
+	if err := os.Mkdir(root, 0o755); err != nil {
+		return err
+	}
+	if err := unix.Mount(disk, root, "ext4", 0, ""); err != nil {
+		return fmt.Errorf("mount %s: %w", disk, err)
+	}
+	for _, step := range []struct {
+		what string
+		do   func() error
+	}{
+		{"move /dev", func() error { return unix.Mount("/dev", root+"/dev", "", unix.MS_MOVE, "") }},
+		{"enter the new root", func() error { return unix.Chdir(root) }},
+		// A root of the initramfs cannot be pivoted (Documentation/filesystems/ramfs-rootfs-initramfs.rst).
+		{"move the new root", func() error { return unix.Mount(".", "/", "", unix.MS_MOVE, "") }},
+		{"change the root", func() error { return unix.Chroot(".") }},
+		{"start its first process", func() error { return unix.Exec("/sbin/init", []string{"/sbin/init"}, []string{"TERM=dumb"}) }},
+	} {
+		if err := step.do(); err != nil {
+			return fmt.Errorf("%s: %w", step.what, err)
+		}
+	}
+	return nil
 }
 
 const cgroupRoot = "/sys/fs/cgroup"
@@ -112,18 +180,15 @@ func loadModules(files []string) error {
 	return nil
 }
 
-func runScript(out *events) error {
+func readScript() (s job.Script, err error) {
 	text, err := os.ReadFile(job.ScriptPath)
 	if err != nil {
-		return err
+		return s, err
 	}
-	var s job.Script
-	if err := json.Unmarshal(text, &s); err != nil {
-		return err
-	}
-	if err := loadModules(s.Modules); err != nil {
-		return err
-	}
+	return s, json.Unmarshal(text, &s)
+}
+
+func runScript(out *events, s job.Script) error {
 	var uts unix.Utsname
 	if err := unix.Uname(&uts); err != nil {
 		return err

@@ -6,7 +6,7 @@ package job
 
 import "time"
 
-// ScriptPath is where the initramfs has the [Script], in JSON.
+// ScriptPath is where the initramfs has the [Script], in JSON, and the disk its own.
 const ScriptPath = "/script.json"
 
 // ResultPort is the serial port that carries events, one JSON object a line.
@@ -15,7 +15,10 @@ const ResultPort = "/dev/ttyS1"
 // A Script is what the virtual machine does before it powers off.
 type Script struct {
 	Modules []string // files, in the order to load them
-	Runs    []Run
+	// Disk is the device to start a system from, which runs the script that it has
+	// itself, if it is not empty.
+	Disk string
+	Runs []Run
 }
 
 // A Run is a program to run.

@@ -1,4 +1,4 @@
-package main
+package machine
 
 import (
 	"bufio"
@@ -7,16 +7,17 @@ import (
 	"path"
 )
 
-// An archive is an initramfs in the making: a cpio archive in the format that
+// An Archive is an initramfs in the making: a cpio archive in the format that
 // Linux calls newc (Documentation/driver-api/early-userspace/buffer-format.rst).
-type archive struct {
+type Archive struct {
 	w    *bufio.Writer
 	inos int
 	dirs map[string]bool
 }
 
-func newArchive(w io.Writer) *archive {
-	return &archive{w: bufio.NewWriter(w), dirs: map[string]bool{".": true, "/": true}}
+// NewArchive starts an archive; [Archive.Close] ends it.
+func NewArchive(w io.Writer) *Archive {
+	return &Archive{w: bufio.NewWriter(w), dirs: map[string]bool{".": true, "/": true}}
 }
 
 const (
@@ -24,15 +25,15 @@ const (
 	modeFile = 0o100000
 )
 
-// file adds a file and the directories above it.
-func (a *archive) file(name string, perm int, data []byte) error {
+// File adds a file and the directories above it.
+func (a *Archive) File(name string, perm int, data []byte) error {
 	if err := a.dir(path.Dir(name)); err != nil {
 		return err
 	}
 	return a.entry(name, modeFile|perm, data)
 }
 
-func (a *archive) dir(name string) error {
+func (a *Archive) dir(name string) error {
 	if a.dirs[name] {
 		return nil
 	}
@@ -43,7 +44,7 @@ func (a *archive) dir(name string) error {
 	return a.entry(name, modeDir|0o755, nil)
 }
 
-func (a *archive) entry(name string, mode int, data []byte) error {
+func (a *Archive) entry(name string, mode int, data []byte) error {
 	a.inos++
 	// magic, ino, mode, uid, gid, nlink, mtime, filesize, device, rdevice, namesize, check
 	header := fmt.Sprintf("070701%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x",
@@ -55,7 +56,7 @@ func (a *archive) entry(name string, mode int, data []byte) error {
 }
 
 // put writes data and fills up to a multiple of four bytes.
-func (a *archive) put(data []byte) error {
+func (a *Archive) put(data []byte) error {
 	if _, err := a.w.Write(data); err != nil {
 		return err
 	}
@@ -63,7 +64,8 @@ func (a *archive) put(data []byte) error {
 	return err
 }
 
-func (a *archive) close() error {
+// Close writes the end; the writer stays open.
+func (a *Archive) Close() error {
 	if err := a.entry("TRAILER!!!", 0, nil); err != nil {
 		return err
 	}

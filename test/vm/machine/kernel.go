@@ -1,4 +1,4 @@
-package main
+package machine
 
 import (
 	"bytes"
@@ -17,17 +17,17 @@ import (
 	"github.com/skipstack/skipstack/test/debian"
 )
 
-// A kernelTree is an unpacked Debian cloud kernel.
-type kernelTree struct {
-	release string // as uname -r says
+// A Kernel is an unpacked Debian cloud kernel.
+type Kernel struct {
+	Release string // as uname -r says
 	image   string
 	modules map[string]string // file by module name
 	builtin map[string]bool
 }
 
-// fetchKernel returns the newest Debian cloud kernel of a series such as 6.1, or
+// FetchKernel returns the newest Debian cloud kernel of a series such as 6.1, or
 // of a major version. One that was fetched before is used as it is.
-func fetchKernel(ctx context.Context, cache string, a *debian.APT, series string) (*kernelTree, error) {
+func FetchKernel(ctx context.Context, cache string, a *debian.APT, series string) (*Kernel, error) {
 	dir := filepath.Join(cache, "kernel-"+series)
 	if k, err := openKernel(dir); err == nil {
 		return k, nil
@@ -56,22 +56,22 @@ func fetchKernel(ctx context.Context, cache string, a *debian.APT, series string
 
 var moduleFile = regexp.MustCompile(`^(.+)\.ko(\.xz|\.zst|\.gz)?$`)
 
-func openKernel(dir string) (*kernelTree, error) {
+func openKernel(dir string) (*Kernel, error) {
 	if _, err := os.Stat(dir); err != nil {
 		return nil, err
 	}
-	k := &kernelTree{modules: map[string]string{}, builtin: map[string]bool{}}
+	k := &Kernel{modules: map[string]string{}, builtin: map[string]bool{}}
 	if images, _ := filepath.Glob(filepath.Join(dir, "boot/vmlinuz-*")); len(images) == 1 {
 		k.image = images[0]
-		k.release = strings.TrimPrefix(filepath.Base(k.image), "vmlinuz-")
+		k.Release = strings.TrimPrefix(filepath.Base(k.image), "vmlinuz-")
 	} else if images, _ := filepath.Glob(filepath.Join(dir, "usr/lib/modules/*/vmlinuz")); len(images) == 1 { // since 7.x
 		k.image = images[0]
-		k.release = filepath.Base(filepath.Dir(k.image))
+		k.Release = filepath.Base(filepath.Dir(k.image))
 	} else {
 		return nil, fmt.Errorf("%s has no kernel image; remove it and try again", dir)
 	}
 	for _, lib := range []string{"lib/modules", "usr/lib/modules"} {
-		root := filepath.Join(dir, lib, k.release)
+		root := filepath.Join(dir, lib, k.Release)
 		err := filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
 			if err != nil {
 				return err
@@ -101,15 +101,15 @@ func openKernel(dir string) (*kernelTree, error) {
 // moduleName spells a module as the kernel does.
 func moduleName(file string) string { return strings.ReplaceAll(file, "-", "_") }
 
-// A module is one to load.
-type module struct {
-	name string
-	data []byte
+// A Module is one to load.
+type Module struct {
+	Name string
+	Data []byte
 }
 
-// load returns the named modules and what they depend on, dependencies first.
-func (k *kernelTree) load(ctx context.Context, names []string) ([]module, error) {
-	var order []module
+// Load returns the named modules and what they depend on, dependencies first.
+func (k *Kernel) Load(ctx context.Context, names []string) ([]Module, error) {
+	var order []Module
 	seen := map[string]bool{}
 	var visit func(string) error
 	visit = func(name string) error {
@@ -120,7 +120,7 @@ func (k *kernelTree) load(ctx context.Context, names []string) ([]module, error)
 		seen[name] = true
 		path, ok := k.modules[name]
 		if !ok {
-			return fmt.Errorf("%s has no module %s", k.release, name)
+			return fmt.Errorf("%s has no module %s", k.Release, name)
 		}
 		data, err := readModule(ctx, path)
 		if err != nil {
@@ -135,7 +135,7 @@ func (k *kernelTree) load(ctx context.Context, names []string) ([]module, error)
 				return fmt.Errorf("%s needs: %w", name, err)
 			}
 		}
-		order = append(order, module{name, data})
+		order = append(order, Module{name, data})
 		return nil
 	}
 	for _, name := range names {

@@ -1,4 +1,7 @@
-package main
+// Package machine runs virtual machines on Debian's cloud kernels, without hardware
+// support (QEMU's TCG): it fetches the emulator and the kernels, packs an initramfs,
+// and boots.
+package machine
 
 import (
 	"bufio"
@@ -20,8 +23,8 @@ import (
 	"github.com/skipstack/skipstack/test/vm/job"
 )
 
-// qemu is an emulator with its firmware.
-type qemu struct {
+// QEMU is an emulator with its firmware.
+type QEMU struct {
 	path string
 	args []string
 	env  []string
@@ -32,7 +35,7 @@ const oldestQEMU = 10
 
 var qemuVersion = regexp.MustCompile(`version (\d+)\.`)
 
-func (q *qemu) works(ctx context.Context) bool {
+func (q *QEMU) works(ctx context.Context) bool {
 	cmd := exec.CommandContext(ctx, q.path, "--version")
 	cmd.Env = q.env
 	out, err := cmd.Output()
@@ -47,16 +50,16 @@ func (q *qemu) works(ctx context.Context) bool {
 	return err == nil && major >= oldestQEMU
 }
 
-// fetchQEMU finds the machine's own emulator or, if that is missing or too old,
+// FetchQEMU finds the machine's own emulator or, if that is missing or too old,
 // unpacks one into the cache.
-func fetchQEMU(ctx context.Context, cache string, a *debian.APT) (*qemu, error) {
+func FetchQEMU(ctx context.Context, cache string, a *debian.APT) (*QEMU, error) {
 	if path, err := exec.LookPath("qemu-system-x86_64"); err == nil {
-		if q := (&qemu{path: path, env: os.Environ()}); q.works(ctx) {
+		if q := (&QEMU{path: path, env: os.Environ()}); q.works(ctx) {
 			return q, nil
 		}
 	}
 	dir := filepath.Join(cache, "qemu")
-	q := &qemu{
+	q := &QEMU{
 		path: filepath.Join(dir, "usr/bin/qemu-system-x86_64"),
 		args: []string{"-L", filepath.Join(dir, "usr/share/qemu"), "-L", filepath.Join(dir, "usr/share/seabios")},
 		env: append(os.Environ(), "LD_LIBRARY_PATH="+strings.Join([]string{
@@ -79,19 +82,33 @@ func fetchQEMU(ctx context.Context, cache string, a *debian.APT) (*qemu, error) 
 	return q, nil
 }
 
-// boot runs a virtual machine, whose kernel gets further parameters, until it
-// powers off. The kernel's messages go to
-// the file console, what the script's runs did to handle. It fails if the
-// machine does not come to the end of its script before ctx is done.
-func (q *qemu) boot(ctx context.Context, k *kernelTree, params, initramfs, console string, handle func(job.Event) error) error {
+// Options describe a virtual machine.
+type Options struct {
+	Kernel    *Kernel
+	Params    string // further parameters of the kernel
+	Initramfs string // file
+	Console   string // file that gets what the kernel says
+	Memory    int    // MiB
+	// Disk is the image of a disk, /dev/vda, if there is one. The file stays as it
+	// is: what the machine writes is lost.
+	Disk string
+}
+
+// Boot runs a virtual machine until it powers off. What its script's runs did goes
+// to handle. It fails if the machine does not come to the end of its script before
+// ctx is done.
+func (q *QEMU) Boot(ctx context.Context, o Options, handle func(job.Event) error) error {
 	args := append(q.args[:len(q.args):len(q.args)],
-		"-M", "pc", "-cpu", "max", "-accel", "tcg,thread=multi", "-smp", "2", "-m", "3072",
+		"-M", "pc", "-cpu", "max", "-accel", "tcg,thread=multi", "-smp", "2", "-m", strconv.Itoa(o.Memory),
 		"-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
-		"-serial", "file:"+console,
+		"-serial", "file:"+o.Console,
 		"-chardev", "stdio,id=results,signal=off", "-serial", "chardev:results",
-		"-kernel", k.image, "-initrd", initramfs,
+		"-kernel", o.Kernel.image, "-initrd", o.Initramfs,
 		// mitigations and a clock that is checked cost much under emulation.
-		"-append", "console=ttyS0 loglevel=7 panic=-1 oops=panic mitigations=off tsc=unstable rdinit=/init "+params)
+		"-append", "console=ttyS0 loglevel=7 panic=-1 oops=panic mitigations=off tsc=unstable rdinit=/init "+o.Params)
+	if o.Disk != "" {
+		args = append(args, "-drive", "if=virtio,format=raw,cache=unsafe,snapshot=on,file="+strings.ReplaceAll(o.Disk, ",", ",,"))
+	}
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
 	// The parent-death signal is sent when the thread that started the child ends.
@@ -156,7 +173,8 @@ func read(sc *bufio.Scanner, handle func(job.Event) error) error {
 var trouble = regexp.MustCompile(`WARNING: |BUG: |Oops|Call Trace:|Kernel panic|general protection fault|` +
 	`detected stall|blocked for more than|Out of memory: |KASAN|refcount_t: |double fault`)
 
-func complaints(console string) ([]string, error) {
+// Complaints returns the lines of a console in which the kernel reports trouble.
+func Complaints(console string) ([]string, error) {
 	text, err := os.ReadFile(console)
 	if err != nil {
 		return nil, err
