@@ -9,6 +9,9 @@ LLVM_STRIP ?= llvm-strip-19
 # Debian keeps asm/types.h, which linux/bpf.h includes, apart from the other headers.
 BPF_CFLAGS ?= $(addprefix -I,$(wildcard /usr/include/$(shell uname -m)-linux-gnu))
 TESTFLAGS  ?=
+# CI's command summary sets TEST_REPORT, and reads what go test prints (see test/report).
+GOTEST     := $(GO) test $(if $(TEST_REPORT),-json -count=1)
+REPORTFLAGS := $(if $(TEST_REPORT),-json '$(TEST_REPORT)')
 
 Q := $(if $(V),,@)
 say = @printf '  %-8s %s\n' $(1) $(2)
@@ -58,17 +61,17 @@ test: test-unit test-integration ## Run all tests; as root nothing is skipped fo
 .PHONY: test-unit
 test-unit: ## Run the tests that need no root
 	$(call say,TEST,unit)
-	$(Q)$(GO) test $(TESTFLAGS) $(UNIT)
+	$(Q)$(GOTEST) $(TESTFLAGS) $(UNIT)
 
 .PHONY: test-integration
 test-integration: ## Run the tests that need root, each package in a private node of its own
 	$(call say,TEST,integration)
-	$(Q)$(GO) test -p 1 $(TESTFLAGS) $(INTEGRATION)
+	$(Q)$(GOTEST) -p 1 $(TESTFLAGS) $(INTEGRATION)
 
 .PHONY: test-software
 test-software: ## As root: run real software between pods, plain and accelerated; needs apt
 	$(call say,SOFTWARE,.)
-	$(Q)$(GO) run ./test/software $(SOFTWAREFLAGS)
+	$(Q)$(GO) run ./test/software $(REPORTFLAGS) $(SOFTWAREFLAGS)
 
 # What docs/benchmarks.md and the README show. On an idle machine; half an hour.
 BENCHFLAGS ?= --full --reference unix
@@ -90,7 +93,7 @@ conformance: ## Run the conformance suite and write docs/conformance.md (root)
 .PHONY: test-runtimes
 test-runtimes: ## As root: run pods on containerd 1.6 and 2.x, over CRI; needs apt
 	$(call say,TEST,runtimes)
-	$(Q)SKIPSTACK_RUNTIMES_CACHE='$(CURDIR)/.cache/runtimes' $(GO) test -count=1 $(TESTFLAGS) ./test/runtimes
+	$(Q)SKIPSTACK_RUNTIMES_CACHE='$(CURDIR)/.cache/runtimes' $(GOTEST) -count=1 $(TESTFLAGS) ./test/runtimes
 
 .PHONY: test-vm
 test-vm: ## Run tests on other kernels under QEMU: KERNEL=6.1, or all; needs apt, no root

@@ -10,8 +10,9 @@ import (
 )
 
 // Env is the environment variable that names the file which a tier is to write with
-// [Write]. Where it is set, the Makefile runs go test with -json.
-const Env = "REPORT"
+// [Write]. Where it is set, the Makefile passes it on as -json, and runs go test with
+// -json, of which command summary makes the report.
+const Env = "TEST_REPORT"
 
 // A Run is what was run on one kernel.
 type Run struct {

@@ -36,6 +36,7 @@ import (
 	"time"
 
 	"github.com/skipstack/skipstack/test/node"
+	"github.com/skipstack/skipstack/test/report"
 )
 
 func main() {
@@ -89,6 +90,7 @@ type suite struct {
 
 	cases   []testCase
 	verbose bool
+	report  string
 	cache   string
 	limit   time.Duration
 }
@@ -101,6 +103,7 @@ func (s *suite) parse() (exit int, done bool) {
 	ci := flags.Bool("ci", false, "only what CI runs")
 	list := flags.Bool("list", false, "list the cases and their Debian packages")
 	flags.BoolVar(&s.verbose, "v", false, "show the counters and the results")
+	flags.StringVar(&s.report, "json", "", "`file` for what came of the cases, as package report has it")
 	flags.StringVar(&s.cache, "cache", ".cache/software", "`directory` where packages are unpacked")
 	flags.DurationVar(&s.limit, "timeout", 2*time.Minute, "how long one run of a case may take")
 	if err := flags.Parse(s.args); err != nil {
@@ -158,20 +161,30 @@ func (s *suite) Run() int {
 	}
 	failed := 0
 	var rows []row
+	cases := report.Suite{Name: "test/software"}
+	began := time.Now()
 	for _, c := range s.cases {
 		start := time.Now()
 		more, err := l.try(c)
 		rows = append(rows, more...)
-		verdict := "ok"
+		verdict, result := "ok", report.Pass
 		if err != nil {
 			failed++
-			verdict = "FAILED: " + err.Error()
+			verdict, result = "FAILED: "+err.Error(), report.Fail
 		}
+		cases.Tests = append(cases.Tests, report.Test{Name: c.String(), Result: result})
 		fmt.Fprintf(s.out, "%s: %s (%.1f s)\n", c, verdict, time.Since(start).Seconds())
 	}
 	if err := l.close(); err != nil {
 		fmt.Fprintln(s.errs, "software:", err)
 		failed++
+	}
+	if s.report != "" {
+		cases.Seconds = time.Since(began).Seconds()
+		if err := report.Write(s.report, []report.Run{{Seconds: cases.Seconds, Suites: []report.Suite{cases}}}); err != nil {
+			fmt.Fprintln(s.errs, "software:", err)
+			failed++
+		}
 	}
 	fmt.Fprintln(s.out)
 	printTable(s.out, rows)

@@ -1,172 +1,250 @@
-// Command summary reads the output of `go test -json`, prints what a person
-// wants to see of it, and exits 1 if a test failed, if none ran, or if one was
-// skipped that the allow-list does not name.
+// Command summary runs the steps of CI and sums them up.
 //
-//	go test -json ./... | go run ./test/summary -allow .ci/allowed-skips
+//	summary [-dir D] [-allow FILE] step NAME COMMAND...   # run a step
+//	summary [-dir D] table                                # all steps in one table
 //
-// A line of the allow-list is a package path below the module, a test name and
-// the reason, separated by blanks; a name that ends in /... covers its subtests.
+// A step's command gets the name of a file in the environment ([report.Env]). It may
+// write there what came of its tests, or print the output of `go test -json`, of which
+// the step shows what a person wants to see. What a step came to is kept in the
+// directory -dir.
+//
+// A step fails with its command, and if a test failed or was skipped that the
+// allow-list does not name. A line of the allow-list is a package path below the
+// module, a test name and the reason, separated by blanks; a name that ends in /...
+// covers its subtests; the reason "the same" is that of the line before.
 package main
 
 import (
-	"bufio"
+	"cmp"
 	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"slices"
 	"strings"
+	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/skipstack/skipstack/test/report"
 )
 
 const module = "github.com/skipstack/skipstack/"
 
-func main() { os.Exit(run(os.Args[1:], os.Stdin, os.Stdout, os.Stderr)) }
+func main() { os.Exit(run(os.Args[1:], os.Stdout, os.Stderr)) }
 
-func run(args []string, in io.Reader, out, errs io.Writer) int {
+// Exit codes.
+const (
+	ok = iota
+	failed
+	usage
+)
+
+func run(args []string, out, errs io.Writer) int {
 	flags := flag.NewFlagSet("summary", flag.ContinueOnError)
 	flags.SetOutput(errs)
-	allow := flags.String("allow", "", "file of skips that are expected")
+	allow := flags.String("allow", "", "`file` of skips that are expected")
+	dir := flags.String("dir", ".cache/ci", "`directory` for what the steps came to")
 	if err := flags.Parse(args); err != nil {
-		return 2
+		return usage
 	}
-	allowed, err := readAllowed(*allow)
+	var good bool
+	var err error
+	switch rest := flags.Args(); {
+	case len(rest) >= 3 && rest[0] == "step":
+		var allowed allowList
+		if allowed, err = readAllowed(*allow); err == nil {
+			good, err = runStep(*dir, rest[1], rest[2:], allowed, out, errs)
+		}
+	case len(rest) == 1 && rest[0] == "table":
+		good, err = table(*dir, out)
+	default:
+		fmt.Fprintln(errs, "usage: summary [-dir D] [-allow FILE] step NAME COMMAND... | table")
+		return usage
+	}
 	if err != nil {
 		fmt.Fprintln(errs, "summary:", err)
-		return 2
+		return failed
 	}
-	ok, err := summarise(in, out, allowed)
+	if !good {
+		return failed
+	}
+	return ok
+}
+
+// A step is one line of CI's script, and what it came to.
+type step struct {
+	Name    string       `json:"name"`
+	Command string       `json:"command"` // runs it alone
+	Started time.Time    `json:"started"`
+	Seconds float64      `json:"seconds"`
+	Kernel  string       `json:"kernel"` // this machine's
+	Failure string       `json:"failure,omitempty"`
+	Runs    []report.Run `json:"runs,omitempty"`
+}
+
+func runStep(dir, name string, command []string, allowed allowList, out, errs io.Writer) (good bool, err error) {
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return false, err
+	}
+	own, err := filepath.Abs(filepath.Join(dir, name+".runs"))
 	if err != nil {
-		fmt.Fprintln(errs, "summary:", err)
-		return 1
+		return false, err
 	}
-	if !ok {
-		return 1
+	if err := os.Remove(own); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return false, err
 	}
-	return 0
+	s := step{Name: name, Command: shell(command), Started: time.Now(), Kernel: kernel()}
+	fmt.Fprintf(out, "== %s\n", name)
+
+	cmd := exec.Command(command[0], command[1:]...)
+	cmd.Env = append(os.Environ(), report.Env+"="+own)
+	cmd.Stderr = errs
+	// It hears of a terminal's signals as this process does, and of others from here.
+	signals := make(chan os.Signal, 1)
+	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
+	defer signal.Stop(signals)
+	suites, runErr := runTests(cmd, signals, allowed, out)
+	s.Seconds = time.Since(s.Started).Seconds()
+	if len(suites) > 0 {
+		s.Runs = []report.Run{{Kernel: s.Kernel, Seconds: s.Seconds, Suites: suites}}
+	}
+	switch more, err := report.Read(own); {
+	case err == nil:
+		s.Runs = append(s.Runs, more...)
+	case !errors.Is(err, fs.ErrNotExist):
+		return false, err
+	}
+	if len(s.Runs) > 0 {
+		s.Failure = complaint(s.Runs)
+	}
+	if runErr != nil && s.Failure == "" {
+		s.Failure = runErr.Error()
+	}
+	if s.Failure == "" {
+		fmt.Fprintf(out, "== %s: ok, %s\n", name, seconds(s.Seconds))
+	} else {
+		fmt.Fprintf(out, "== %s: FAILED after %s: %s; alone: %s\n", name, seconds(s.Seconds), s.Failure, s.Command)
+	}
+	text, err := json.MarshalIndent(s, "", " ")
+	if err == nil {
+		err = os.WriteFile(filepath.Join(dir, name+".json"), text, 0o644)
+	}
+	return s.Failure == "", errors.Join(err, ignoreMissing(os.Remove(own)))
 }
 
-type event struct {
-	Action, Package, Test, Output string
-	Elapsed                       float64
+func ignoreMissing(err error) error {
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	return err
 }
 
-type key struct{ pkg, test string }
-
-func (k key) String() string { return strings.TrimPrefix(k.pkg, module) + " " + k.test }
-
-func summarise(in io.Reader, out io.Writer, allowed allowList) (ok bool, err error) {
-	output := map[key][]string{}
-	var failed, unexpected []key
-	passed, skipped, brokenPackages := 0, 0, 0
-	sc := bufio.NewScanner(in)
-	sc.Buffer(nil, 16<<20)
-	for sc.Scan() {
-		var e event
-		if json.Unmarshal(sc.Bytes(), &e) != nil {
-			fmt.Fprintln(out, sc.Text()) // the compiler's own words
-			continue
-		}
-		k := key{e.Package, e.Test}
-		switch e.Action {
-		case "output", "build-output":
-			output[k] = append(output[k], e.Output)
-			continue
-		case "pass":
-			if e.Test != "" {
-				passed++
-				break
-			}
-			fmt.Fprintf(out, "ok    %-40s %s\n", strings.TrimPrefix(e.Package, module), seconds(e.Elapsed))
-		case "skip":
-			if e.Test == "" {
-				break // no test files
-			}
-			skipped++
-			if !allowed.covers(k) {
-				unexpected = append(unexpected, k)
-			}
-			fmt.Fprintf(out, "skip  %s: %s\n", k, reason(output[k]))
-		case "fail", "build-fail":
-			if e.Test == "" {
-				brokenPackages++
-			} else {
-				failed = append(failed, k)
-			}
-			fmt.Fprintf(out, "FAIL  %s %s\n%s", k, seconds(e.Elapsed), strings.Join(output[k], ""))
-		default:
-			continue
-		}
-		delete(output, k)
-	}
-	if err := sc.Err(); err != nil {
-		return false, fmt.Errorf("read test output: %w", err)
-	}
-	for _, k := range unexpected {
-		fmt.Fprintf(out, "skip not on the allow-list: %s\n", k)
-	}
-	for _, k := range failed {
-		fmt.Fprintf(out, "failed: %s\n", k)
-	}
-	fmt.Fprintf(out, "%d passed, %d failed, %d skipped\n", passed, len(failed), skipped)
-	if passed == 0 {
-		return false, errors.New("no test ran")
-	}
-	return len(failed) == 0 && brokenPackages == 0 && len(unexpected) == 0, nil
-}
-
-func seconds(s float64) string {
-	return (time.Duration(s * float64(time.Second))).Round(10 * time.Millisecond).String()
-}
-
-// reason is the last line that a skipped test printed of its own.
-func reason(lines []string) string {
-	for i := len(lines) - 1; i >= 0; i-- {
-		line := strings.TrimSpace(lines[i])
-		if line != "" && !strings.HasPrefix(line, "---") && !strings.HasPrefix(line, "===") {
-			return line
-		}
-	}
-	return "no reason given"
-}
-
-type allowList map[string]bool
-
-func (a allowList) covers(k key) bool {
-	if a[k.String()] {
-		return true
-	}
-	for name := k.test; ; {
-		i := strings.LastIndex(name, "/")
-		if i < 0 {
-			return false
-		}
-		name = name[:i]
-		if a[key{k.pkg, name + "/..."}.String()] {
-			return true
-		}
-	}
-}
-
-func readAllowed(path string) (allowList, error) {
-	a := allowList{}
-	if path == "" {
-		return a, nil
-	}
-	text, err := os.ReadFile(path)
+// runTests runs the command and reads its output.
+func runTests(cmd *exec.Cmd, signals <-chan os.Signal, allowed allowList, out io.Writer) ([]report.Suite, error) {
+	pipe, err := cmd.StdoutPipe()
 	if err != nil {
 		return nil, err
 	}
-	for n, line := range strings.Split(string(text), "\n") {
-		fields := strings.Fields(line)
-		if len(fields) == 0 || strings.HasPrefix(line, "#") {
-			continue
-		}
-		if len(fields) < 3 {
-			return nil, fmt.Errorf("%s:%d: want package, test and reason", path, n+1)
-		}
-		a[fields[0]+" "+fields[1]] = true
+	if err := cmd.Start(); err != nil {
+		return nil, err
 	}
-	return a, nil
+	ended := make(chan struct{})
+	defer close(ended)
+	go func() {
+		for {
+			select {
+			case s := <-signals:
+				if s == syscall.SIGTERM {
+					_ = cmd.Process.Signal(s)
+				}
+			case <-ended:
+				return
+			}
+		}
+	}()
+	suites, err := readTests(pipe, out, allowed)
+	return suites, errors.Join(err, cmd.Wait())
+}
+
+// complaint says in a few words what is wrong with the runs; empty: nothing.
+func complaint(runs []report.Run) string {
+	var c report.Counts
+	for _, r := range runs {
+		c = c.Add(r.Count())
+	}
+	switch {
+	case c.Failed > 0:
+		return fmt.Sprintf("%d failed", c.Failed)
+	case c.Unexpected > 0:
+		return fmt.Sprintf("%d skipped that the allow-list does not name", c.Unexpected)
+	case c.Passed == 0:
+		return "no test ran"
+	}
+	return ""
+}
+
+// shell writes a command as one types it.
+func shell(command []string) string {
+	words := make([]string, len(command))
+	for i, w := range command {
+		if strings.ContainsAny(w, " \t'\"$&|;<>()*?[]{}\\") {
+			name, value, assigned := strings.Cut(w, "=")
+			if !assigned {
+				name, value = "", w
+			} else {
+				name += "="
+			}
+			w = name + "'" + strings.ReplaceAll(value, "'", `'\''`) + "'"
+		}
+		words[i] = w
+	}
+	return strings.Join(words, " ")
+}
+
+func kernel() string {
+	var u unix.Utsname
+	if err := unix.Uname(&u); err != nil {
+		return "unknown"
+	}
+	return unix.ByteSliceToString(u.Release[:])
+}
+
+func seconds(s float64) string {
+	d := time.Duration(s * float64(time.Second))
+	if d < time.Minute {
+		return d.Round(10 * time.Millisecond).String()
+	}
+	return d.Round(time.Second).String()
+}
+
+func readSteps(dir string) ([]step, error) {
+	files, err := filepath.Glob(filepath.Join(dir, "*.json"))
+	if err != nil {
+		return nil, err
+	}
+	if len(files) == 0 {
+		return nil, fmt.Errorf("%s has no step", dir)
+	}
+	var steps []step
+	for _, path := range files {
+		text, err := os.ReadFile(path)
+		if err != nil {
+			return nil, err
+		}
+		var s step
+		if err := json.Unmarshal(text, &s); err != nil {
+			return nil, fmt.Errorf("%s: %w", path, err)
+		}
+		steps = append(steps, s)
+	}
+	slices.SortFunc(steps, func(a, b step) int { return cmp.Or(a.Started.Compare(b.Started), strings.Compare(a.Name, b.Name)) })
+	return steps, nil
 }

@@ -5,38 +5,152 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/skipstack/skipstack/test/report"
 )
 
 const pass = `{"Action":"pass","Package":"github.com/skipstack/skipstack/bpf","Test":"TestA"}` + "\n"
 
-func TestSummary(t *testing.T) {
-	allow := filepath.Join(t.TempDir(), "allow")
-	if err := os.WriteFile(allow, []byte("# why\nbpf TestB needs a new kernel\nbpf TestC/... needs root\n"), 0o600); err != nil {
+// ended is what a package says at its end.
+func ended(action string) string {
+	return `{"Action":"` + action + `","Package":"github.com/skipstack/skipstack/bpf","Elapsed":1.5}` + "\n"
+}
+
+func skip(name string) string {
+	return `{"Action":"output","Package":"github.com/skipstack/skipstack/bpf","Test":"` + name + `","Output":"    x_test.go:1: needs a moon\n"}` + "\n" +
+		`{"Action":"skip","Package":"github.com/skipstack/skipstack/bpf","Test":"` + name + `"}` + "\n"
+}
+
+const allowed = "# why\nbpf TestB needs a new kernel\nbpf TestC/... the same\n"
+
+func write(t *testing.T, name, text string) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), name)
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	skip := func(name string) string {
-		return `{"Action":"output","Package":"github.com/skipstack/skipstack/bpf","Test":"` + name + `","Output":"    x_test.go:1: needs root\n"}` + "\n" +
-			`{"Action":"skip","Package":"github.com/skipstack/skipstack/bpf","Test":"` + name + `"}` + "\n"
+	return path
+}
+
+// call runs the program and returns what it prints.
+func call(t *testing.T, want int, args ...string) string {
+	t.Helper()
+	var out strings.Builder
+	if exit := run(args, &out, &out); exit != want {
+		t.Errorf("%q: exit %d, want %d:\n%s", args, exit, want, out.String())
 	}
+	return out.String()
+}
+
+func contains(t *testing.T, text string, wants ...string) {
+	t.Helper()
+	for _, want := range wants {
+		if !strings.Contains(text, want) {
+			t.Errorf("%q is missing in:\n%s", want, text)
+		}
+	}
+}
+
+func lastLine(text string) string {
+	lines := strings.Split(strings.TrimSpace(text), "\n")
+	return lines[len(lines)-1]
+}
+
+func TestStepWithTests(t *testing.T) {
+	allow := write(t, "allow", allowed)
 	for _, tc := range []struct {
 		name, in string
 		exit     int
-		want     string
+		said     string // by the step
+		inTable  string
+		last     string
 	}{
-		{"all passed", pass, 0, "1 passed, 0 failed, 0 skipped"},
-		{"a listed skip", pass + skip("TestB"), 0, "needs root"},
-		{"a listed subtest", pass + skip("TestC/one/two"), 0, "1 skipped"},
-		{"an unlisted skip", pass + skip("TestD"), 1, "not on the allow-list: bpf TestD"},
-		{"a failure", pass + `{"Action":"fail","Package":"p","Test":"TestE"}`, 1, "failed: p TestE"},
-		{"a package that does not build", pass + `{"Action":"fail","Package":"p"}`, 1, "FAIL  p"},
-		{"nothing ran", "", 1, "0 passed"},
+		{"all passed", pass + ended("pass"), ok, "== unit: ok", "1       0       0", "1 passed, 0 failed, 0 skipped"},
+		{"a listed skip", pass + skip("TestB") + ended("pass"), ok, "ok", "skipped bpf TestB: needs a new kernel", "1 passed, 0 failed, 1 skipped"},
+		{"listed subtests", pass + skip("TestC/one/two") + skip("TestC/three") + ended("pass"), ok, "ok",
+			"bpf TestC/one/two and 1 more: needs a new kernel", "1 passed, 0 failed, 2 skipped"},
+		{"an unlisted skip", pass + skip("TestD") + ended("pass"), failed, "not on the allow-list: bpf TestD: x_test.go:1: needs a moon",
+			"1 (1 unexpected)", "1 passed, 1 failed, 1 skipped"},
+		{"a failure", pass + `{"Action":"fail","Package":"github.com/skipstack/skipstack/bpf","Test":"TestE"}` + "\n" + ended("fail"), failed, "FAIL  bpf TestE",
+			"bpf TestE", "1 passed, 1 failed, 0 skipped"},
+		{"a package that does not build", pass + ended("pass") +
+			`{"ImportPath":"p","Action":"build-output","Output":"undefined: x"}` + "\n" + `{"ImportPath":"p","Action":"build-fail"}` + "\n" +
+			`{"Action":"fail","Package":"p","Elapsed":0,"FailedBuild":"p"}`, failed, "undefined: x", "p (package)", "1 passed, 1 failed, 0 skipped"},
+		{"a package that ends early", pass + ended("fail"), failed, "FAIL  bpf", "bpf (package)", "1 passed, 1 failed, 0 skipped"},
+		{"nothing but skips", skip("TestB") + ended("pass"), failed, "no test ran", "FAILED", "0 passed, 1 failed, 1 skipped"},
+		{"other words", "make: here\n" + pass + ended("pass"), ok, "make: here", "ok", "1 passed, 0 failed, 0 skipped"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			var out, errs strings.Builder
-			exit := run([]string{"-allow", allow}, strings.NewReader(tc.in), &out, &errs)
-			if exit != tc.exit || !strings.Contains(out.String(), tc.want) {
-				t.Errorf("exit %d, want %d, and %q in:\n%s%s", exit, tc.exit, tc.want, out.String(), errs.String())
+			dir := filepath.Join(t.TempDir(), "ci")
+			out := call(t, tc.exit, "-dir", dir, "-allow", allow, "step", "unit", "cat", write(t, "in", tc.in))
+			contains(t, out, tc.said)
+			if tc.exit != ok {
+				contains(t, out, "alone: cat ")
+			}
+			out = call(t, tc.exit, "-dir", dir, "table")
+			contains(t, out, tc.inTable)
+			if got := lastLine(out); got != tc.last {
+				t.Errorf("the last line is %q, want %q", got, tc.last)
 			}
 		})
 	}
+}
+
+// A step without tests has its command's exit code.
+func TestStepWithoutTests(t *testing.T) {
+	dir := t.TempDir()
+	call(t, ok, "-dir", dir, "step", "build", "true")
+	contains(t, call(t, ok, "-dir", dir, "table"), "build", "0 passed, 0 failed, 0 skipped")
+	contains(t, call(t, failed, "-dir", dir, "step", "lint", "sh", "-c", "exit 3", "FLAGS=-a b"),
+		"FAILED", "exit status 3; alone: sh -c 'exit 3' FLAGS='-a b'")
+	contains(t, call(t, failed, "-dir", dir, "step", "missing", "no-such-program"), "not found")
+	out := call(t, failed, "-dir", dir, "table")
+	if build, lint := strings.Index(out, "\nbuild "), strings.Index(out, "\nlint "); build < 0 || lint < build {
+		t.Errorf("want the steps in the order in which they ran:\n%s", out)
+	}
+	if got := lastLine(out); got != "0 passed, 2 failed, 0 skipped" {
+		t.Errorf("the last line is %q", got)
+	}
+}
+
+// A command may fail though each of its tests passed, and that counts.
+func TestStepThatFailsAfterItsTests(t *testing.T) {
+	dir := t.TempDir()
+	contains(t, call(t, failed, "-dir", dir, "step", "unit", "sh", "-c", "cat $0; exit 2", write(t, "in", pass+ended("pass"))), "exit status 2")
+	if got := lastLine(call(t, failed, "-dir", dir, "table")); got != "1 passed, 1 failed, 0 skipped" {
+		t.Errorf("the last line is %q", got)
+	}
+}
+
+// A command may write a report of its own, with several kernels.
+func TestStepWithReport(t *testing.T) {
+	dir := t.TempDir()
+	runs := filepath.Join(t.TempDir(), "runs")
+	if err := report.Write(runs, []report.Run{
+		{Kernel: "6.1.0", Seconds: 90, Suites: []report.Suite{{Name: "test/cni", Scaled: []string{"fewer pods: emulated"},
+			Tests: []report.Test{{Name: "TestA", Result: report.Pass}, {Name: "TestB", Result: report.Skip, Reason: "no moon"}}}}},
+		{Kernel: "7.3", Params: "lsm=yama", Seconds: 9, Problems: []string{"the kernel complained"}},
+	}); err != nil {
+		t.Fatal(err)
+	}
+	call(t, failed, "-dir", dir, "step", "vm", "sh", "-c", "cp $0 $TEST_REPORT", runs)
+	out := call(t, failed, "-dir", dir, "table")
+	contains(t, out, "6.1.0", "7.3 lsm=yama", "1m30s", "skipped test/cni TestB: no moon", "test/cni: fewer pods: emulated",
+		"vm 7.3 lsm=yama: the kernel complained", "alone: sh -c 'cp $0 $TEST_REPORT' "+runs)
+	if got := lastLine(out); got != "1 passed, 1 failed, 1 skipped" {
+		t.Errorf("the last line is %q", got)
+	}
+	// What a run before left is not taken for this one's.
+	call(t, failed, "-dir", dir, "step", "vm", "sh", "-c", "exit 1")
+	if got := lastLine(call(t, failed, "-dir", dir, "table")); got != "0 passed, 1 failed, 0 skipped" {
+		t.Errorf("the last line is %q", got)
+	}
+}
+
+func TestUsage(t *testing.T) {
+	for _, args := range [][]string{{}, {"step"}, {"step", "x"}, {"table", "y"}, {"-no-such-flag"}} {
+		call(t, usage, args...)
+	}
+	contains(t, call(t, failed, "-dir", t.TempDir(), "table"), "has no step")
+	contains(t, call(t, failed, "-dir", t.TempDir(), "-allow", write(t, "allow", "bpf TestB"), "step", "x", "true"), "want package, test and reason")
 }
