@@ -4,12 +4,11 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
 
-	"golang.org/x/sys/unix"
+	"github.com/skipstack/skipstack/plugin/regular"
 )
 
 // cachedAttachment is what libcni remembers of an attachment until its DEL.
@@ -39,7 +38,7 @@ func cachedAttachments(dir string) ([]cachedAttachment, error) {
 	}
 	var all []cachedAttachment
 	for _, e := range entries {
-		raw, err := readCached(filepath.Join(results, e.Name()))
+		raw, err := regular.ReadNoFollow(filepath.Join(results, e.Name()), maxCached)
 		if err != nil {
 			continue // removed meanwhile, or not libcni's
 		}
@@ -53,15 +52,6 @@ func cachedAttachments(dir string) ([]cachedAttachment, error) {
 func exists(path string) bool {
 	_, err := os.Stat(path)
 	return err == nil
-}
-
-func readCached(path string) ([]byte, error) {
-	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	return io.ReadAll(io.LimitReader(f, maxCached))
 }
 
 // decodeCached reads one entry; ok is false for what libcni did not write, and for

@@ -14,10 +14,9 @@ import (
 	"strings"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/skipstack/skipstack/bpf"
 	"github.com/skipstack/skipstack/plugin/datapath"
+	"github.com/skipstack/skipstack/plugin/regular"
 )
 
 const (
@@ -144,9 +143,12 @@ func Cached(runDir string) (*Verdict, error) {
 
 func cached(runDir, boot string, build [16]byte, now time.Time) (*Verdict, error) {
 	path := filepath.Join(runDir, fileName(boot, build))
-	data, err := readFile(path)
+	data, err := regular.ReadNoFollow(path, maxFile)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("%w: no %s", ErrNoVerdict, path)
+	}
+	if errors.Is(err, regular.ErrTooLarge) {
+		return nil, fmt.Errorf("%w: %w", ErrNoVerdict, err)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("read the kernel's verdict: %w", err)
@@ -162,22 +164,6 @@ func cached(runDir, boot string, build [16]byte, now time.Time) (*Verdict, error
 		return nil, fmt.Errorf("%w: a probe of %s could not tell, %v ago", ErrNoVerdict, path, age.Round(time.Second))
 	}
 	return v, nil
-}
-
-func readFile(path string) ([]byte, error) {
-	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	info, err := f.Stat()
-	if err != nil {
-		return nil, err
-	}
-	if !info.Mode().IsRegular() {
-		return nil, &fs.PathError{Op: "read", Path: path, Err: errors.New("not a regular file")}
-	}
-	return io.ReadAll(io.LimitReader(f, maxFile))
 }
 
 // Save writes the verdict to runDir, which it makes where there is none, and

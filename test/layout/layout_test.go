@@ -54,11 +54,12 @@ func TestImports(t *testing.T) {
 		allowed []string // packages of this module; nothing else of it
 	}{
 		{"bpf/...", nil},
+		{"plugin/regular", nil},
 		{"plugin/podcgroup", nil},
 		{"plugin/attachment", nil},
 		{"plugin/podlog", []string{"plugin/attachment"}},
 		{"plugin/datapath", []string{"bpf"}},
-		{"plugin/verdict", []string{"bpf", "plugin/attachment", "plugin/datapath"}},
+		{"plugin/verdict", []string{"bpf", "plugin/attachment", "plugin/datapath", "plugin/regular"}},
 		{"plugin", []string{"plugin/..."}},
 		{"conf", nil},
 		{"cmd/...", []string{"bpf", "plugin/...", "cmd/...", "conf", "test/node"}}, // the benchmark runs in a private node

@@ -14,12 +14,12 @@ import (
 	"strings"
 
 	"github.com/spf13/cobra"
-	"golang.org/x/sys/unix"
 
 	"github.com/skipstack/skipstack/cmd/internal/conflist"
 	"github.com/skipstack/skipstack/plugin"
 	"github.com/skipstack/skipstack/plugin/attachment"
 	"github.com/skipstack/skipstack/plugin/datapath"
+	"github.com/skipstack/skipstack/plugin/regular"
 )
 
 // Exit codes. A command of another package chooses its own by returning an error
@@ -172,7 +172,7 @@ func (c *common) resolve(given func(flag string) bool) (plugin.Config, error) {
 		if c.config == "" {
 			return conf, emptyFlag("config")
 		}
-		raw, err := readConfig(c.config)
+		raw, err := regular.Read(c.config, maxConfig)
 		if err != nil {
 			return conf, fmt.Errorf("read the configuration: %w; %w", err, errUsage)
 		}
@@ -210,31 +210,6 @@ func emptyFlag(name string) error {
 
 // maxConfig is the largest configuration that is read, in bytes.
 const maxConfig = 1 << 20
-
-// readConfig reads a regular file. It waits for nothing: to open a FIFO would last
-// until there is a writer.
-func readConfig(path string) ([]byte, error) {
-	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK|unix.O_NOCTTY, 0)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	info, err := f.Stat()
-	if err != nil {
-		return nil, err
-	}
-	if !info.Mode().IsRegular() {
-		return nil, fmt.Errorf("%s is not a regular file", path)
-	}
-	raw, err := io.ReadAll(io.LimitReader(f, maxConfig+1))
-	if err != nil {
-		return nil, err
-	}
-	if len(raw) > maxConfig {
-		return nil, fmt.Errorf("%s is larger than %d bytes", path, maxConfig)
-	}
-	return raw, nil
-}
 
 // command makes a command that takes no arguments and the common flags.
 func (c *cli) command(use, short, long string, withJSON bool, run func(cmd *cobra.Command, conf plugin.Config, asJSON bool) error) *cobra.Command {

@@ -17,6 +17,7 @@ import (
 	"github.com/skipstack/skipstack/conf"
 	"github.com/skipstack/skipstack/plugin"
 	"github.com/skipstack/skipstack/plugin/datapath"
+	"github.com/skipstack/skipstack/plugin/regular"
 )
 
 // lockTimeout is how long install and uninstall wait for another one.
@@ -116,7 +117,7 @@ func (c *cli) entry(cmd *cobra.Command, parsed plugin.Config, mode string, risks
 	given := cmd.Flags().Changed
 	entry := bytes.Clone(conf.Entry)
 	if given("config") {
-		raw, err := readConfig(cmd.Flag("config").Value.String())
+		raw, err := regular.Read(cmd.Flag("config").Value.String(), maxConfig)
 		if err == nil {
 			entry, err = plugin.FindEntry(raw)
 		}

@@ -15,6 +15,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/skipstack/skipstack/plugin/regular"
 	"golang.org/x/sys/unix"
 )
 
@@ -123,18 +124,6 @@ func (d *dir) names() ([]string, error) {
 	return names, nil
 }
 
-// networks are the names of the files that runtimes load, in their order: go-cni
-// (containerd) and ocicni (CRI-O) take the first for the pods' network.
-func (d *dir) networks() ([]string, error) {
-	names, err := d.names()
-	return slices.DeleteFunc(names, func(name string) bool { return !IsNetwork(name) }), err
-}
-
-// IsNetwork says whether a file of this name is one that runtimes load. A path is not.
-func IsNetwork(name string) bool {
-	return name == filepath.Base(name) && slices.Contains([]string{".conf", ".conflist", ".json"}, filepath.Ext(name))
-}
-
 // file is what was read of one.
 type file struct {
 	name string // of the file itself, where a symbolic link was followed
@@ -198,17 +187,12 @@ func readOpen(name string, f *os.File) (file, error) {
 	if err := unix.Fstat(int(f.Fd()), &out.stat); err != nil {
 		return file{}, fmt.Errorf("stat %s: %w", f.Name(), err)
 	}
-	if out.stat.Mode&unix.S_IFMT != unix.S_IFREG {
-		return file{}, refuse("%s is not a regular file", f.Name())
-	}
 	var err error
-	if out.text, err = io.ReadAll(io.LimitReader(f, maxFile+1)); err != nil {
-		return file{}, err
+	out.text, err = regular.ReadOpen(f, maxFile)
+	if errors.Is(err, regular.ErrNotRegular) || errors.Is(err, regular.ErrTooLarge) {
+		err = refuse("%w", err)
 	}
-	if len(out.text) > maxFile {
-		return file{}, refuse("%s is larger than %d bytes", f.Name(), maxFile)
-	}
-	return out, nil
+	return out, err
 }
 
 // temp makes a temporary file, complete and on the disk, that looks like the model:

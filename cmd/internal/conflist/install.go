@@ -80,7 +80,7 @@ func (o Options) Install(ctx context.Context) (Report, error) {
 }
 
 func (o Options) install(ctx context.Context) (Report, error) {
-	site, name, err := o.find()
+	site, _, err := o.find()
 	if err != nil {
 		return Report{}, err
 	}
@@ -90,10 +90,12 @@ func (o Options) install(ctx context.Context) (Report, error) {
 		return r, err
 	}
 	defer d.close()
-	if name, err = o.active(d); err != nil { // what it is under the lock
+	network, err := o.active(d) // what it is under the lock
+	if err != nil {
 		return r, err
 	}
-	r.Conflist = d.path(name)
+	r.Conflist = network.Path
+	name := filepath.Base(network.Path)
 	if err := o.editable(d, name); err != nil {
 		return r, fmt.Errorf("%s: %w", r.Conflist, err)
 	}

@@ -263,7 +263,7 @@ func diskFull(t *testing.T, root, name string) {
 		switch {
 		case err == nil:
 			succeeded++
-			if active, err := o.activeIn(confDir); err != nil || !Has(read(t, filepath.Join(confDir, active))) {
+			if active, err := o.activeIn(confDir); err != nil || !Has(active.Text) {
 				t.Errorf("%d pages free: it is not installed (%v)", free, err)
 			}
 		case errors.Is(err, unix.ENOSPC):
@@ -358,13 +358,13 @@ func killed(t *testing.T, name string, uninstall bool) {
 		if err != nil {
 			t.Fatalf("killed before step %d: %v", kill, err)
 		}
-		text := read(t, filepath.Join(b.conf, active))
+		text := active.Text
 		has := Has(text)
 		outcomes[has]++
 		_, listErr := libcni.NetworkConfFromBytes(text)
 		_, confErr := libcni.NetworkPluginConfFromBytes(text)
-		if filepath.Ext(active) == ".conflist" && listErr != nil || filepath.Ext(active) != ".conflist" && (confErr != nil || !bytes.Equal(text, original)) {
-			t.Errorf("killed before step %d, it has left %s: %s", kill, active, text)
+		if filepath.Ext(active.Path) == ".conflist" && listErr != nil || filepath.Ext(active.Path) != ".conflist" && (confErr != nil || !bytes.Equal(text, original)) {
+			t.Errorf("killed before step %d, it has left %s: %s", kill, active.Path, text)
 		}
 		if _, err := os.Stat(filepath.Join(b.bin, "skipstack")); has && err != nil {
 			t.Errorf("killed before step %d: the entry names a plugin that is not there: %v", kill, err)
@@ -374,8 +374,8 @@ func killed(t *testing.T, name string, uninstall bool) {
 			t.Fatalf("it has failed with %d", status.ExitStatus())
 		}
 		b.install()
-		if active, err = b.opts.activeIn(b.conf); err != nil || !Has(read(t, filepath.Join(b.conf, active))) {
-			t.Errorf("killed before step %d, the next install has left %s, error %v", kill, active, err)
+		if active, err = b.opts.activeIn(b.conf); err != nil || !Has(active.Text) {
+			t.Errorf("killed before step %d, the next install has left %s, error %v", kill, active.Path, err)
 		}
 		b.uninstall(true)
 		wantTree(t, b.conf, before)

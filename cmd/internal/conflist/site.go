@@ -9,7 +9,6 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/containernetworking/cni/libcni"
 	"github.com/pelletier/go-toml/v2"
 )
 
@@ -178,17 +177,18 @@ func (o Options) Find() (Site, error) {
 func (o Options) find() (Site, string, error) {
 	places := o.places()
 	dirs := o.confDirs(places)
-	names := map[string]string{}
+	type result struct {
+		network Network
+		err     error
+	}
+	active := map[string]result{}
 	var with []string
 	for _, dir := range dirs {
-		name, err := o.activeIn(dir)
+		network, err := o.activeIn(dir)
 		if errors.Is(err, ErrNoNetwork) {
 			continue
 		}
-		if err != nil {
-			return Site{}, "", err
-		}
-		names[dir] = name
+		active[dir] = result{network, err}
 		with = append(with, dir)
 	}
 	if len(with) > 1 {
@@ -221,68 +221,60 @@ func (o Options) find() (Site, string, error) {
 		return Site{}, "", refuse("there are networks in %s: say which is meant with --cni-conf-dir", strings.Join(with, " and "))
 	}
 	site := Site{ConfDir: with[0]}
-	name := names[site.ConfDir]
-	bin, err := o.binDir(places, site.ConfDir, name)
-	site.BinDir = bin
-	return site, name, err
+	used := active[site.ConfDir]
+	if used.err != nil {
+		return site, "", used.err
+	}
+	var err error
+	site.BinDir, err = o.binDir(places, site.ConfDir, used.network)
+	return site, filepath.Base(used.network.Path), err
 }
 
-// activeIn is the name of the network configuration in dir that the runtime uses, or
-// that o names.
-func (o Options) activeIn(path string) (string, error) {
+// activeIn is the network configuration in dir that the runtime uses, or that o names.
+func (o Options) activeIn(path string) (Network, error) {
 	root, err := os.OpenRoot(path)
 	if err != nil {
 		if errors.Is(err, fs.ErrNotExist) && o.ConfDir == "" {
 			err = ErrNoNetwork
 		}
-		return "", err
+		return Network{}, err
 	}
 	defer root.Close()
 	return o.active(&dir{root: root})
 }
 
-func (o Options) active(d *dir) (string, error) {
-	names, err := d.networks()
-	if err != nil {
-		return "", err
-	}
+func (o Options) active(d *dir) (Network, error) {
 	if o.Conflist != "" {
 		if !IsNetwork(o.Conflist) {
-			return "", refuse("%s is not the name of a network configuration in %s", o.Conflist, d.root.Name())
+			return Network{}, refuse("%s is not the name of a network configuration in %s", o.Conflist, d.root.Name())
 		}
-		if !slices.Contains(names, o.Conflist) {
-			return "", fmt.Errorf("%w %s", ErrNoNetwork, d.path(o.Conflist))
+		if _, err := d.root.Lstat(o.Conflist); errors.Is(err, fs.ErrNotExist) {
+			return Network{}, fmt.Errorf("%w %s", ErrNoNetwork, d.path(o.Conflist))
 		}
-		return o.Conflist, nil
+		n, err := load(d.path(o.Conflist))
+		if err != nil {
+			err = refuse("%s: %w", d.path(o.Conflist), err)
+		}
+		return n, err
 	}
-	if len(names) == 0 {
-		return "", fmt.Errorf("%w in %s", ErrNoNetwork, d.root.Name())
+	found, broken, err := d.loadable()
+	switch {
+	case err != nil:
+		return Network{}, err
+	case broken != nil:
+		return Network{}, refuse("%w; containerd stops there: mend or remove it, or name another with --conflist", broken)
+	case len(found) == 0:
+		return Network{}, fmt.Errorf("%w in %s", ErrNoNetwork, d.root.Name())
 	}
-	return names[0], nil
+	return found[0], nil
 }
 
 // binDir is the directory that has the network's first plugin.
-func (o Options) binDir(places []place, confDir, name string) (string, error) {
+func (o Options) binDir(places []place, confDir string, n Network) (string, error) {
 	if o.BinDir != "" {
 		return o.BinDir, nil
 	}
-	root, err := os.OpenRoot(confDir)
-	if err != nil {
-		return "", err
-	}
-	defer root.Close()
-	f, err := (&dir{root: root}).read(name)
-	if err != nil {
-		return "", err
-	}
-	primary := ""
-	if conf, err := libcni.NetworkConfFromBytes(f.text); err == nil && len(conf.Plugins) > 0 {
-		primary = conf.Plugins[0].Network.Type
-	} else if conf, err := libcni.NetworkPluginConfFromBytes(f.text); err == nil {
-		primary = conf.Network.Type
-	} else {
-		return "", refuse("%s: %w: %w", filepath.Join(confDir, name), errNotLoadable, err)
-	}
+	primary := n.Types[0]
 	dirs := o.binDirs(places, confDir)
 	for _, dir := range dirs {
 		if filepath.Base(primary) != primary {
@@ -296,5 +288,5 @@ func (o Options) binDir(places []place, confDir, name string) (string, error) {
 	if len(dirs) > 0 {
 		looked = strings.Join(dirs, ", ")
 	}
-	return "", refuse("the plugin %q of %s is not in %s: say where plugins are with --cni-bin-dir", primary, filepath.Join(confDir, name), looked)
+	return "", refuse("the plugin %q of %s is not in %s: say where plugins are with --cni-bin-dir", primary, n.Path, looked)
 }

@@ -3,16 +3,12 @@ package doctor
 import (
 	"bytes"
 	"encoding/json"
-	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 
-	"github.com/containernetworking/cni/libcni"
-
+	"github.com/skipstack/skipstack/cmd/internal/conflist"
 	"github.com/skipstack/skipstack/plugin"
 )
 
@@ -38,39 +34,24 @@ var capabilities = []struct{ name, lost string }{
 	{"bandwidth", "bandwidth limits are seen in annotations alone"},
 }
 
-// FindConflist looks for the conflist that the container runtime uses: the first by
-// name that can be loaded, as containerd (go-cni, opts.go) and CRI-O (ocicni) do.
-// Where that has no entry of skipstack, it is the first that has.
+// FindConflist looks for the network that the container runtime uses. Where that has
+// no entry of skipstack, it is the first that has.
 func FindConflist(dir string) (Conflist, error) {
-	var found Conflist
-	files, err := libcni.ConfFiles(dir, []string{".conf", ".conflist", ".json"})
-	if errors.Is(err, fs.ErrNotExist) || err == nil && len(files) == 0 {
-		return found, nil
-	}
+	networks, broken, err := conflist.Networks(dir)
 	if err != nil {
-		return found, fmt.Errorf("look for the network configuration: %w", err)
+		return Conflist{}, fmt.Errorf("look for the network configuration: %w", err)
 	}
-	slices.Sort(files)
-	for _, path := range files {
-		var types []string
-		raw, err := os.ReadFile(path)
-		if err == nil {
-			types, err = pluginTypes(path, raw)
-		}
-		if err != nil { // no runtime can load it
-			if found.Used == "" && found.Broken == "" {
-				found.Broken = fmt.Sprintf("%s: %v", path, err)
-			}
-			continue
-		}
-		if found.Used == "" {
-			found.Used = path
-		}
-		if slices.Contains(types, plugin.Type) {
-			found.Path = path
-			found.describe(raw)
-			break
-		}
+	var found Conflist
+	if broken != nil {
+		found.Broken = broken.Error()
+	}
+	if len(networks) > 0 {
+		found.Used = networks[0].Path
+	}
+	at := slices.IndexFunc(networks, func(n conflist.Network) bool { return slices.Contains(n.Types, plugin.Type) })
+	if at >= 0 {
+		found.Path = networks[at].Path
+		found.describe(networks[at].Text)
 	}
 	return found, nil
 }
@@ -82,33 +63,6 @@ func ReadConflist(path string) Conflist {
 		c.describe(raw)
 	}
 	return c
-}
-
-// pluginTypes lists the types of the plugins in a configuration, at least one. The
-// error says why it cannot be loaded.
-func pluginTypes(path string, raw []byte) ([]string, error) {
-	if !strings.HasSuffix(path, ".conflist") {
-		conf, err := libcni.NetworkPluginConfFromBytes(raw)
-		if err != nil {
-			return nil, err
-		}
-		if conf.Network.Type == "" {
-			return nil, errors.New("it has no type")
-		}
-		return []string{conf.Network.Type}, nil
-	}
-	list, err := libcni.NetworkConfFromBytes(raw)
-	if err != nil {
-		return nil, err
-	}
-	if len(list.Plugins) == 0 {
-		return nil, errors.New("it has no plugins")
-	}
-	var types []string
-	for _, p := range list.Plugins {
-		types = append(types, p.Network.Type)
-	}
-	return types, nil
 }
 
 // describe looks at skipstack's entry.

@@ -288,7 +288,7 @@ func (e *examination) conflist() verdict.Probe {
 	c := e.Conflist
 	switch {
 	case c.Broken != "":
-		return notOK(checkConflist, "the container runtime cannot load %s: mend or remove it, containerd stops there", c.Broken)
+		return notOK(checkConflist, "%s; containerd stops there: mend or remove it", c.Broken)
 	case c.Path == "" && c.Used == "":
 		return notOK(checkConflist, "no network configuration in %s: --cni-conf-dir or --config names another", e.o.ConfDir)
 	case c.Path == "":
