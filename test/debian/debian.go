@@ -108,6 +108,15 @@ func parseSources(path, text string) (entries []sourceEntry) {
 	return entries
 }
 
+// line writes an entry of a sources.list.
+func line(out *strings.Builder, s source, suite string) {
+	options := ""
+	if s.signedBy != "" {
+		options = "[signed-by=" + s.signedBy + "] "
+	}
+	fmt.Fprintf(out, "deb %s%s %s main\n", options, s.uri, suite)
+}
+
 // Update fetches package lists, once.
 func (a *APT) Update(ctx context.Context) error {
 	if a.updated {
@@ -123,13 +132,6 @@ func (a *APT) Update(ctx context.Context) error {
 		}
 	}
 	var all, own strings.Builder
-	line := func(out *strings.Builder, s source, suite string) {
-		options := ""
-		if s.signedBy != "" {
-			options = "[signed-by=" + s.signedBy + "] "
-		}
-		fmt.Fprintf(out, "deb %s%s %s main\n", options, s.uri, suite)
-	}
 	for _, suite := range suites {
 		line(&all, mirror, suite)
 		if security.uri != "" && suite != "sid" && !strings.Contains(suite, "-") {
@@ -293,11 +295,44 @@ func (a *APT) Missing(ctx context.Context, backports bool, packages ...string) (
 	if err != nil {
 		return nil, err
 	}
-	var missing []string
-	for _, m := range installed.FindAllStringSubmatch(string(out), -1) {
-		missing = append(missing, m[1]+"="+m[2])
+	return toInstall(out), nil
+}
+
+// Closure lists the given packages of a release, and what they depend on where
+// nothing is installed, as NAME=VERSION.
+func (a *APT) Closure(ctx context.Context, release string, packages ...string) ([]string, error) {
+	if err := a.Update(ctx); err != nil {
+		return nil, err
 	}
-	return missing, nil
+	_, mirror, security, err := machineSources()
+	if err != nil {
+		return nil, err
+	}
+	var list strings.Builder
+	line(&list, mirror, release)
+	if security.uri != "" {
+		line(&list, security, release+"-security")
+	}
+	status := filepath.Join(a.Dir, "no-status")
+	for path, text := range map[string]string{filepath.Join(a.Dir, "release.list"): list.String(), status: ""} {
+		if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
+			return nil, err
+		}
+	}
+	out, err := a.run(ctx, "", "release.list", "apt-get", append([]string{"install", "--simulate", "--no-install-recommends",
+		"-o", "Dir::State::status=" + status}, packages...)...)
+	if err != nil {
+		return nil, err
+	}
+	return toInstall(out), nil
+}
+
+// toInstall reads what apt-get install --simulate would install.
+func toInstall(out []byte) (packages []string) {
+	for _, m := range installed.FindAllStringSubmatch(string(out), -1) {
+		packages = append(packages, m[1]+"="+m[2])
+	}
+	return packages
 }
 
 var installed = regexp.MustCompile(`(?m)^Inst (\S+) (?:\[\S+\] )?\((\S+) `)

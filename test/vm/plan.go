@@ -217,17 +217,9 @@ func (l *lab) pack(ctx context.Context, k *machine.Kernel, p plan, path string) 
 	if err := add(filepath.Join(l.cache, "bin/guest"), "init"); err != nil {
 		return err
 	}
-	order, err := k.Load(ctx, modules)
-	if err != nil {
-		return err
-	}
 	var s job.Script
-	for _, m := range order {
-		name := "modules/" + m.Name + ".ko"
-		s.Modules = append(s.Modules, "/"+name)
-		if err := a.File(name, 0o644, m.Data); err != nil {
-			return err
-		}
+	if s.Modules, err = a.Modules(ctx, k, modules); err != nil {
+		return err
 	}
 	for _, p := range programs {
 		if err := add(filepath.Join(l.cache, "bin", p.name), filepath.Join(programDir, p.name)[1:]); err != nil {

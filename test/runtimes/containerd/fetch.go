@@ -31,7 +31,8 @@ var (
 
 // Programs are the unpacked programs of a series.
 type Programs struct {
-	Path    string // directories to look for them, as in $PATH
+	Dir     string // of containerd's own
+	Path    string // directories to look for all, as in $PATH
 	Version string // of containerd
 }
 
@@ -64,7 +65,7 @@ func Fetch(ctx context.Context, cache string, apt *debian.APT, s Series) (*Progr
 		return nil, err
 	}
 	dirs := []string{bin, filepath.Join(own, "wrapped"), filepath.Join(own, "usr/sbin"), "/usr/sbin", "/usr/bin", "/sbin", "/bin"}
-	return &Programs{Path: strings.Join(dirs, ":"), Version: v}, nil
+	return &Programs{Dir: bin, Path: strings.Join(dirs, ":"), Version: v}, nil
 }
 
 // fetch makes dir unless it is there.

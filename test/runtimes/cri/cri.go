@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -110,10 +111,29 @@ func (p *Pod) Remove(ctx context.Context) error {
 	return nil
 }
 
+// Find returns the running container of that name in a pod that a kubelet has made,
+// and the pod. What it does not find may come yet.
+func (c *Client) Find(ctx context.Context, namespace, pod, container string) (*Container, error) {
+	r, err := c.api.ListContainers(ctx, &runtime.ListContainersRequest{Filter: &runtime.ContainerFilter{
+		State: &runtime.ContainerStateValue{State: runtime.ContainerState_CONTAINER_RUNNING},
+		LabelSelector: map[string]string{
+			"io.kubernetes.pod.namespace": namespace, "io.kubernetes.pod.name": pod, "io.kubernetes.container.name": container,
+		},
+	}})
+	if err != nil {
+		return nil, fmt.Errorf("list containers: %w", err)
+	}
+	if len(r.Containers) != 1 {
+		return nil, fmt.Errorf("pod %s/%s has %d running containers %s, want one", namespace, pod, len(r.Containers), container)
+	}
+	found := r.Containers[0]
+	return &Container{ID: found.Id, Pod: &Pod{ID: found.PodSandboxId, client: c}}, nil
+}
+
 // A Container is one of a pod's.
 type Container struct {
 	ID  string
-	pod *Pod
+	Pod *Pod
 }
 
 // Start starts a container of the image that runs args.
@@ -136,24 +156,33 @@ func (p *Pod) Start(ctx context.Context, name string, attempt uint32, image stri
 	if _, err := api.StartContainer(ctx, &runtime.StartContainerRequest{ContainerId: r.ContainerId}); err != nil {
 		return nil, fmt.Errorf("start container %s: %w", name, err)
 	}
-	return &Container{ID: r.ContainerId, pod: p}, nil
+	return &Container{ID: r.ContainerId, Pod: p}, nil
 }
 
-// Run runs a program in the container to its end and decodes what it printed.
+// Run runs a program in the container to its end and decodes what it printed, if
+// result is not nil. The runtime ends the program at ctx's deadline, or after 90 s if
+// there is none.
 func (c *Container) Run(ctx context.Context, result any, args ...string) error {
-	r, err := c.pod.client.api.ExecSync(ctx, &runtime.ExecSyncRequest{ContainerId: c.ID, Cmd: args, Timeout: 90})
+	timeout := 90 * time.Second
+	if deadline, ok := ctx.Deadline(); ok {
+		timeout = time.Until(deadline)
+	}
+	r, err := c.Pod.client.api.ExecSync(ctx, &runtime.ExecSyncRequest{ContainerId: c.ID, Cmd: args, Timeout: int64(timeout.Seconds()) + 1})
 	if err != nil {
 		return fmt.Errorf("%s: %w", strings.Join(args, " "), err)
 	}
 	if r.ExitCode != 0 {
 		return fmt.Errorf("%s: exit code %d: %s", strings.Join(args, " "), r.ExitCode, r.Stderr)
 	}
+	if result == nil {
+		return nil
+	}
 	return json.Unmarshal(r.Stdout, result)
 }
 
 // Remove stops the container and removes it.
 func (c *Container) Remove(ctx context.Context) error {
-	api := c.pod.client.api
+	api := c.Pod.client.api
 	if _, err := api.StopContainer(ctx, &runtime.StopContainerRequest{ContainerId: c.ID}); err != nil {
 		return err
 	}

@@ -4,6 +4,10 @@
 //	peer serve PORT             echoes what comes to PORT
 //	peer talk HOST:PORT COUNT   sends COUNT messages of 4 KiB, checks the echoes, and
 //	                            prints what it saw as JSON
+//	peer http PORT              serves HTTP on PORT until SIGTERM
+//	peer load URL FILE          asks URL until FILE exists (which it removes), and prints
+//	                            what came of it as JSON
+//	peer touch FILE             makes FILE
 package main
 
 import (
@@ -57,8 +61,18 @@ func run(args []string) error {
 			return err
 		}
 		return json.NewEncoder(os.Stdout).Encode(r)
+	case len(args) == 2 && args[0] == "http":
+		return serveHTTP(args[1])
+	case len(args) == 3 && args[0] == "load":
+		r, err := load(args[1], args[2])
+		if err != nil {
+			return err
+		}
+		return json.NewEncoder(os.Stdout).Encode(r)
+	case len(args) == 2 && args[0] == "touch":
+		return os.WriteFile(args[1], nil, 0o600)
 	}
-	return errors.New("usage: peer pause | serve PORT | talk HOST:PORT COUNT")
+	return errors.New("usage: peer pause | serve PORT | talk HOST:PORT COUNT | http PORT | load URL FILE | touch FILE")
 }
 
 func serve(port string) error {

@@ -93,7 +93,7 @@ func service() int {
 // switchRoot replaces the initramfs by the system on a disk, and this process by
 // that system's first one. It returns only if that fails.
 func switchRoot(disk string) error {
-	const root = "/root"
+	const root = "/sysroot"
 	if err := os.Mkdir(root, 0o755); err != nil {
 		return err
 	}

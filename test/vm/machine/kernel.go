@@ -101,15 +101,15 @@ func openKernel(dir string) (*Kernel, error) {
 // moduleName spells a module as the kernel does.
 func moduleName(file string) string { return strings.ReplaceAll(file, "-", "_") }
 
-// A Module is one to load.
-type Module struct {
-	Name string
-	Data []byte
+// A module is one to load.
+type module struct {
+	name string
+	data []byte
 }
 
-// Load returns the named modules and what they depend on, dependencies first.
-func (k *Kernel) Load(ctx context.Context, names []string) ([]Module, error) {
-	var order []Module
+// load returns the named modules and what they depend on, dependencies first.
+func (k *Kernel) load(ctx context.Context, names []string) ([]module, error) {
+	var order []module
 	seen := map[string]bool{}
 	var visit func(string) error
 	visit = func(name string) error {
@@ -135,7 +135,7 @@ func (k *Kernel) Load(ctx context.Context, names []string) ([]Module, error) {
 				return fmt.Errorf("%s needs: %w", name, err)
 			}
 		}
-		order = append(order, Module{name, data})
+		order = append(order, module{name, data})
 		return nil
 	}
 	for _, name := range names {
@@ -185,4 +185,21 @@ func dependencies(data []byte) ([]string, error) {
 		}
 	}
 	return nil, nil
+}
+
+// Modules adds the named modules and what they depend on, and returns the files, in
+// the order to load them.
+func (a *Archive) Modules(ctx context.Context, k *Kernel, names []string) (files []string, err error) {
+	order, err := k.load(ctx, names)
+	if err != nil {
+		return nil, err
+	}
+	for _, m := range order {
+		name := "modules/" + m.name + ".ko"
+		if err := a.File(name, 0o644, m.data); err != nil {
+			return nil, err
+		}
+		files = append(files, "/"+name)
+	}
+	return files, nil
 }
