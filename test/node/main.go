@@ -3,6 +3,7 @@ package node
 import (
 	"bytes"
 	"context"
+	"flag"
 	"fmt"
 	"os"
 	"os/exec"
@@ -34,7 +35,9 @@ type MainOptions struct {
 
 // Main runs a test package in a private machine, and fails if it leaves something
 // behind there. TestMain calls os.Exit with its result. Without root the tests
-// run where they are; those that need a node skip by [Need].
+// run where they are; those that need a node skip by [Need]. So they do with
+// -fuzz, whose workers talk to the go command's process over inherited files; and
+// with -list nothing is made or built.
 //
 // The programs in Build and Tools are built first and found by every node as
 // CNI plugins.
@@ -47,7 +50,7 @@ func Main(m interface{ Run() int }, o MainOptions) int {
 		}
 		return worker(os.Args[1:])
 	}
-	if os.Geteuid() != 0 {
+	if os.Geteuid() != 0 || fuzzingOrListing() {
 		return m.Run()
 	}
 	exit, err := run(m, o)
@@ -56,6 +59,23 @@ func Main(m interface{ Run() int }, o MainOptions) int {
 		exit = max(exit, 1)
 	}
 	return exit
+}
+
+// fuzzingOrListing tells if this is a test program that runs no tests, or fuzzes.
+func fuzzingOrListing() bool {
+	for _, name := range []string{"test.fuzz", "test.fuzzworker", "test.list"} {
+		f := flag.Lookup(name)
+		if f == nil { // not a test program
+			return false
+		}
+		if !flag.Parsed() {
+			flag.Parse()
+		}
+		if f.Value.String() != f.DefValue {
+			return true
+		}
+	}
+	return false
 }
 
 func run(m interface{ Run() int }, o MainOptions) (int, error) {
