@@ -17,7 +17,7 @@ import (
 
 // HereOptions describe what [Here] works with.
 type HereOptions struct {
-	Dir        string   // has a directory for each caller; made if missing
+	Dir        string   // has a directory for each caller; made if missing, removed by the last one
 	CgroupRoot string   // the cgroup2 mount
 	PluginDirs []string // where CNI plugins are
 	Log        io.Writer
@@ -37,14 +37,11 @@ func Here(ctx context.Context, o HereOptions) (*Node, error) {
 	if err := SweepHere(ctx, o); err != nil {
 		return nil, err
 	}
-	if err := os.MkdirAll(o.Dir, 0o700); err != nil {
-		return nil, fmt.Errorf("make a directory for pods: %w", err)
-	}
 	cgroup, cgroupLock, err := lockedDir(o.CgroupRoot)
 	if err != nil {
 		return nil, err
 	}
-	dir, dirLock, err := lockedDir(o.Dir)
+	dir, dirLock, err := lockedDirIn(o.Dir)
 	if err != nil {
 		return nil, errors.Join(err, os.Remove(cgroup), cgroupLock.Close())
 	}
@@ -63,17 +60,41 @@ func Here(ctx context.Context, o HereOptions) (*Node, error) {
 	return n, nil
 }
 
+// lockedDirIn makes parent, too. The last of its users removes it, which may be right
+// after it was found to be there.
+func lockedDirIn(parent string) (string, *os.File, error) {
+	for {
+		if err := os.MkdirAll(parent, 0o700); err != nil {
+			return "", nil, fmt.Errorf("make a directory for pods: %w", err)
+		}
+		dir, lock, err := lockedDir(parent)
+		if !errors.Is(err, fs.ErrNotExist) {
+			return dir, lock, err
+		}
+	}
+}
+
+// removeEmpty removes a directory unless it is in use.
+func removeEmpty(dir string) error {
+	err := os.Remove(dir)
+	if errors.Is(err, unix.ENOTEMPTY) {
+		return nil
+	}
+	return ignoreMissing(err)
+}
+
 // SweepHere removes what callers of [Here] left when they were killed: attachments
 // (with DEL, so that leases and interfaces go), network namespaces, directories,
 // cgroups. What a live caller has is not touched.
 func SweepHere(ctx context.Context, o HereOptions) error {
 	err := Sweep(ctx, o.CgroupRoot)
-	if _, missing := os.Stat(o.Dir); errors.Is(missing, fs.ErrNotExist) {
-		return err
-	}
 	ctx, cancel := context.WithTimeout(ctx, closeTimeout)
 	defer cancel()
-	return errors.Join(err, sweep(o.Dir, func(dir string) error { return sweepPods(ctx, dir, o.PluginDirs) }))
+	podsErr := sweep(o.Dir, func(dir string) error { return sweepPods(ctx, dir, o.PluginDirs) })
+	if _, missing := os.Stat(o.Dir); errors.Is(missing, fs.ErrNotExist) {
+		podsErr = nil // there are none, or the last one's caller has just removed it
+	}
+	return errors.Join(err, podsErr)
 }
 
 // sweepPods deletes the pods of a killed caller.

@@ -238,7 +238,7 @@ func (n *Node) Close() error {
 		if err := errors.Join(failed...); err != nil {
 			return errors.Join(err, n.unlock()) // the next SweepHere tries again
 		}
-		return errors.Join(os.RemoveAll(n.Dir), n.unlock())
+		return errors.Join(os.RemoveAll(n.Dir), n.unlock(), removeEmpty(filepath.Dir(n.Dir)))
 	}
 	failed = append(failed, removeNetNS(n.NetNS), os.RemoveAll(n.RunDir), os.RemoveAll(n.Dir))
 	return errors.Join(failed...)
