@@ -45,7 +45,7 @@ func (g *generator) admit(l *socket, stopping *atomic.Bool) error {
 	if g.tokenInRequest() {
 		head = make([]byte, g.point.RequestBytes)
 	}
-	response := make([]byte, g.point.ResponseBytes)
+	response := message(g.point.ResponseBytes)
 	for !stopping.Load() {
 		if !l.ready(stopCheck) {
 			continue

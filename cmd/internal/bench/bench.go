@@ -13,7 +13,9 @@
 package bench
 
 import (
+	"fmt"
 	"io"
+	"os"
 	"os/signal"
 
 	"github.com/spf13/cobra"
@@ -78,7 +80,9 @@ and bridge are made by netlink. With --conflist the two pods are made on this
 node by a chain of your own.
 
 Plain and accelerated runs differ only in the cgroup of the processes, and
-alternate.
+alternate. Where the ratio of a point is uncertain after the pairs of runs that
+every point has, more pairs follow, up to --max-pairs and in the set's time;
+--full takes the time that it needs. A ratio that stays uncertain has a ?.
 
 Exit codes: 0 the bypass is proven for every point (and with --check no point
 is slower than --min-speedup), 1 it is not (or the bench failed), 2 the bench
@@ -89,6 +93,7 @@ not allow acceleration.`,
 			// The caller's context ends on the other signals.
 			ctx, stop := signal.NotifyContext(cmd.Context(), unix.SIGHUP)
 			defer stop()
+			defer holdSignals(c.ErrOut)()
 			o, err := flags.options(cmd)
 			if err != nil {
 				return &ExitError{ExitUsage, err}
@@ -110,6 +115,29 @@ not allow acceleration.`,
 		},
 	})
 	return cmd
+}
+
+// holdSignals keeps further signals from breaking off the removal of what was created,
+// which has time limits of its own, until release is called.
+func holdSignals(log io.Writer) (release func()) {
+	signals, done := make(chan os.Signal, 1), make(chan struct{})
+	signal.Notify(signals, unix.SIGINT, unix.SIGTERM, unix.SIGHUP)
+	go func() {
+		for n := 1; ; n++ {
+			select {
+			case <-signals:
+				if n == 2 {
+					fmt.Fprintln(log, "bench: removing what was created; it takes some seconds")
+				}
+			case <-done:
+				return
+			}
+		}
+	}()
+	return func() {
+		signal.Stop(signals)
+		close(done)
+	}
 }
 
 // setFlags repeats the flags that were set.

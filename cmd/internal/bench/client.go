@@ -25,9 +25,9 @@ import (
 // clientOptions are what the command line of `bench client` asks for.
 type clientOptions struct {
 	ports
-	target  string
-	wait    time.Duration
-	repeats int
+	target            string
+	wait              time.Duration
+	repeats, maxPairs int
 	files
 }
 
@@ -48,6 +48,9 @@ Exit codes: 0 the bypass is proven for every point, 1 it is not (or the bench
 failed), 2 wrong usage.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if !cmd.Flags().Changed("max-pairs") {
+				o.maxPairs = max(o.maxPairs, o.repeats)
+			}
 			if err := o.check(); err != nil {
 				return &ExitError{ExitUsage, err}
 			}
@@ -66,7 +69,8 @@ failed), 2 wrong usage.`,
 	o.register(cmd)
 	cmd.Flags().StringVar(&o.target, "target", "", "name or address of the server, a `HOST` without a port")
 	cmd.Flags().DurationVar(&o.wait, "wait", 30*time.Second, "how long to wait for the server to be there, and free")
-	cmd.Flags().IntVar(&o.repeats, "repeats", minRepeats, "pairs of runs for each point")
+	cmd.Flags().IntVar(&o.repeats, "repeats", minRepeats, "the least `PAIRS` of runs of each point")
+	cmd.Flags().IntVar(&o.maxPairs, "max-pairs", defaultMaxPairs, "the most `PAIRS` of a point whose ratio is uncertain")
 	o.files.add(cmd.Flags())
 	return cmd
 }
@@ -91,6 +95,8 @@ func (o *clientOptions) check() error {
 		return fmt.Errorf("--wait %v is negative", o.wait)
 	case o.repeats < minRepeats || o.repeats > mostPairs:
 		return fmt.Errorf("--repeats %d: it is %d to %d", o.repeats, minRepeats, mostPairs)
+	case o.maxPairs < o.repeats || o.maxPairs > mostPairs:
+		return fmt.Errorf("--max-pairs %d: it is --repeats, here %d, to %d", o.maxPairs, o.repeats, mostPairs)
 	}
 	if err := o.files.check(); err != nil {
 		return err
@@ -106,7 +112,7 @@ func runClient(ctx context.Context, c Config, o clientOptions) error {
 	}
 	defer s.close()
 	report, err := s.measure(ctx, Parameters{
-		Repeats: o.repeats, WarmUp: 10 * time.Millisecond, Length: minLength, NonBlocking: true,
+		Repeats: o.repeats, MaxPairs: o.maxPairs, WarmUp: 10 * time.Millisecond, Length: minLength, NonBlocking: true,
 	}, podPoints, c.ErrOut)
 	if err != nil {
 		return err
@@ -387,14 +393,23 @@ func (s *podSite) measure(ctx context.Context, p Parameters, set func(path Path,
 	}
 	fmt.Fprintf(log, "bench: path %s: %s of data verified\n", s.path, quantity(float64(report.Header.Verified), "B"))
 	points := set(s.path, len(s.cpus))
+	fmt.Fprintf(log, "bench: %s, %s\n", pointsCount(len(points)), p.howLong(points))
+	var measured []*series
 	for i, point := range points {
-		result, err := r.measure(ctx, point)
+		one, err := r.series(ctx, point)
 		if err != nil {
 			return nil, err
 		}
+		measured = append(measured, one)
+		r.tell(one, fmt.Sprintf("%d/%d", i+1, len(points)))
+	}
+	if err := r.refine(ctx, measured, time.Time{}); err != nil {
+		return nil, err
+	}
+	for _, one := range measured {
+		result := one.conclude(r.judge())
 		result.RedirectedBytes = result.PayloadBytes - min(result.TCPBytes, result.PayloadBytes)
 		report.Points = append(report.Points, result)
-		fmt.Fprintf(log, "bench: %d/%d %s: ratio %.2f, %s\n", i+1, len(points), point, result.Speedup, result.proof())
 	}
 	report.Header.Duration = time.Since(start).Seconds()
 	return report, nil
@@ -429,12 +444,13 @@ func (r *Report) writePodText(w io.Writer, p ports) error {
 	fmt.Fprintln(&b)
 	paragraph(&b, "Linux %s, %s, %d CPUs.", h.Kernel, h.CPU, h.CPUs)
 	paragraph(&b, "Path: %s; congestion control %s.", h.Network, h.Congestion)
-	paragraph(&b, "Medians of %d pairs of runs of %v; plain and accelerated runs differ only in the server's port: %d is plain, %d accelerated.",
-		h.Parameters.Repeats, h.Parameters.Length, p.plain, p.accelerated)
+	paragraph(&b, "Medians of %s of %v; plain and accelerated runs differ only in the server's port: %d is plain, %d accelerated.",
+		h.Parameters.pairs(), h.Parameters.Length, p.plain, p.accelerated)
 	r.writeResults(&b, fmt.Sprintf(`
 one CPU, two CPUs: client and server share one, or have one each.
 ratio: rate with skipstack over plain rate, the median of the pairs' ratios and
   their median absolute deviation.
+?: the ratio is uncertain: its standard error is more than 4 %%.
 sent: payload bytes of the skipstack runs, and how much of it TCP did not carry,
   by the counters of TCP_INFO, and arrived. In the plain runs it carried all.
 proof: ok is at least 99 %% past TCP; overflow, of a stream, is at least %.0f %%.

@@ -148,7 +148,7 @@ func TestTwoPods(t *testing.T) {
 	}
 	server, _, served := inPod(t, p.server, args(0)...)
 	addr, _ := p.server.Addr(false)
-	client, out, said := inPod(t, p.client, append(args(1), "--target="+addr.String(), "--json=-")...)
+	client, out, said := inPod(t, p.client, append(args(1), "--target="+addr.String(), "--json=-", "--max-pairs=5")...)
 	if code := exitCode(client); code != ExitProven {
 		t.Fatalf("the client ends with %d:\n%s\nthe server said:\n%s", code, said, served)
 	}
@@ -182,7 +182,7 @@ func podClient(args []string) int {
 		return 1
 	}
 	defer s.close()
-	p := Parameters{Repeats: minRepeats, WarmUp: time.Millisecond, Length: minLength, NonBlocking: true}
+	p := Parameters{Repeats: minRepeats, MaxPairs: minRepeats, WarmUp: time.Millisecond, Length: minLength, NonBlocking: true}
 	report, err := s.measure(ctx, p, func(path Path, _ int) []Point {
 		all := podPoints(path, 1)
 		return []Point{all[0], all[len(all)-1]}
@@ -317,6 +317,8 @@ func TestClientAndServerUsage(t *testing.T) {
 		{"client --target=h --port=5 --plain-port=5", "both 5"},
 		{"client --target=h --repeats=4", "5 to 50"},
 		{"client --target=h --repeats=51", "5 to 50"},
+		{"client --target=h --max-pairs=4", "--max-pairs 4: it is --repeats, here 5, to 50"},
+		{"client --target=h --max-pairs=51", "to 50"},
 		{"client --target=h --wait=-1s", "negative"},
 		{"client --target=h --json=/nonexistent/x", "not writable"},
 		{"client host", "host"},

@@ -11,6 +11,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/skipstack/skipstack/test/node"
 	"golang.org/x/sys/unix"
@@ -60,6 +61,8 @@ func TestUsageErrors(t *testing.T) {
 		{args: []string{"--sizes=", path}, want: "is no size"},
 		{args: []string{"--quick", "--paths=ipv6", path}, want: "has no such points"},
 		{args: []string{"--repeats=4", path}, want: "--repeats 4: it is 5 to 1000"},
+		{args: []string{"--max-pairs=4", path}, want: "--max-pairs 4: it is --repeats, here 5, to 1000"},
+		{args: []string{"--repeats=30", "--max-pairs=25", path}, want: "--max-pairs 25: it is --repeats, here 30"},
 		{args: []string{"--length=199ms", path}, want: "a run takes 200ms to 1m0s"},
 		{args: []string{"--reference=tcp", path}, want: "--reference \"tcp\": it is unix"},
 		{args: []string{"--min-speedup=2", path}, want: "--min-speedup is for --check"},
@@ -110,6 +113,7 @@ func TestDisturbed(t *testing.T) {
 	}{
 		{"SIGINT while it begins", "making a private node", signalTo(unix.SIGINT, false), "interrupted"},
 		{"SIGTERM while measuring", "data verified", signalTo(unix.SIGTERM, false), "interrupted"},
+		{"SIGTERM again and again", "data verified", again(signalTo(unix.SIGTERM, false)), "interrupted"},
 		{"Ctrl-C while measuring", "data verified", signalTo(unix.SIGINT, true), "interrupted"},
 		{"worker killed", "data verified", killWorker, "worker "},
 	} {
@@ -155,6 +159,16 @@ func signalTo(s unix.Signal, group bool) func(*testing.T, int) {
 		}
 		if err := unix.Kill(pid, s); err != nil {
 			t.Error(err)
+		}
+	}
+}
+
+// again repeats a signal while the bench cleans up.
+func again(signal func(*testing.T, int)) func(*testing.T, int) {
+	return func(t *testing.T, pid int) {
+		for range 20 {
+			signal(t, pid) // the process stays until it is waited for
+			time.Sleep(5 * time.Millisecond)
 		}
 	}
 }

@@ -136,7 +136,7 @@ func csvColumns() []string {
 			columns = append(columns, kind+"_"+figure)
 		}
 	}
-	return append(columns, "speedup", "payload_bytes", "redirected_bytes", "tcp_bytes", "repeats", "mad", "proof")
+	return append(columns, "speedup", "payload_bytes", "redirected_bytes", "tcp_bytes", "repeats", "mad", "proof", "standard_error", "uncertain")
 }
 
 var csvKinds = []string{"plain", "accelerated", "unix"}

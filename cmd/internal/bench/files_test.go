@@ -39,7 +39,7 @@ func TestCSV(t *testing.T) {
 		{1, "nodelay", "true"}, {1, "connections", "1"}, {1, "plain_transactions_per_s", "123456"}, {1, "accelerated_p99_ns", "123456789"},
 		{1, "unix_cpu_s", ""}, {2, "unix_cpu_s", "0.5"}, {2, "unix_throughput_bytes_per_s", "3250000000"}, {2, "plain_p50_ns", "123456789"},
 		{1, "speedup", "12.34"}, {1, "payload_bytes", "12340000000"}, {1, "redirected_bytes", "12340000000"}, {1, "tcp_bytes", "0"},
-		{1, "repeats", "0"}, {1, "mad", "1.23"}, {1, "proof", "overflow"},
+		{1, "repeats", "25"}, {1, "uncertain", "true"}, {1, "standard_error", "1.11"}, {1, "mad", "1.23"}, {1, "proof", "overflow"},
 	} {
 		if got := cell(c.line, c.column); got != c.want {
 			t.Errorf("%s of line %d is %q, want %q", c.column, c.line, got, c.want)

@@ -93,7 +93,7 @@ func (g *generator) manyRequests(sockets []*socket) error {
 		return err
 	}
 	defer p.close()
-	request, response := make([]byte, g.point.RequestBytes), make([]byte, g.point.ResponseBytes)
+	request, response := message(g.point.RequestBytes), message(g.point.ResponseBytes)
 	g.tally.Latency = newHistogram()
 	before := make([]time.Duration, len(sockets))
 	for i, s := range sockets {
@@ -143,7 +143,7 @@ func (g *generator) manyServer(l *socket) error {
 		return err
 	}
 	defer p.close()
-	request, response := make([]byte, g.point.RequestBytes), make([]byte, g.point.ResponseBytes)
+	request, response := message(g.point.RequestBytes), message(g.point.ResponseBytes)
 	serve := func(s *socket) (more bool, err error) {
 		if more, err = s.recvFull(request); more && err == nil {
 			err = s.send(response)

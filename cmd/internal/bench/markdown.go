@@ -21,14 +21,14 @@ func (r *Report) WriteMarkdown(w io.Writer) error {
 	}
 	fmt.Fprintf(&b, "%s, %d CPUs, Linux %s, congestion control %s; two pods, %s; skipstack %s, %s; kernel verdict: %s. ",
 		h.CPU, h.CPUs, h.Kernel, h.Congestion, h.Network, h.Versions.Skipstack, h.Versions.Go, h.Verdict)
-	fmt.Fprintf(&b, "Measured on %s, the %s set, %d pairs of runs of %v for each point, %s sockets; it took %v. %s of data were checked byte by byte.\n",
-		h.Started.Format(time.DateOnly), h.Parameters.Set, h.Parameters.Repeats, h.Parameters.Length, kind,
+	fmt.Fprintf(&b, "Measured on %s, the %s set, %s of %v for each point, %s sockets; it took %v. %s of data were checked byte by byte.\n",
+		h.Started.Format(time.DateOnly), h.Parameters.Set, h.Parameters.pairs(), h.Parameters.Length, kind,
 		(time.Duration(h.Duration) * time.Second).Round(time.Second), quantity(float64(h.Verified), "B"))
 	apart := "The kernel charges interrupts to the thread that they interrupt, so the threads' CPU time has them."
 	if h.InterruptsApart {
 		apart = "The kernel charges interrupts to no thread: their time on the CPUs of client and server comes from /proc/stat, in steps of 10 ms."
 	}
-	fmt.Fprintf(&b, "%s\n", apart)
+	fmt.Fprintf(&b, "%s %s\n", apart, uncertainLegend)
 	for _, left := range h.LeftOut {
 		fmt.Fprintf(&b, "Left out: %s.\n", left)
 	}
@@ -42,7 +42,7 @@ func (r *Report) WriteMarkdown(w io.Writer) error {
 	} else {
 		fmt.Fprintf(&b, "At %d of %s:\n\n", len(slower), pointsCount(len(r.Points)))
 		for _, p := range slower {
-			fmt.Fprintf(&b, "- %s: ratio %s ± %s\n", p.Point, threeDigits(p.Speedup), threeDigits(p.MAD))
+			fmt.Fprintf(&b, "- %s: ratio %s\n", p.Point, p.spacedRatio())
 		}
 	}
 	for _, s := range sections(r.Points) {
@@ -74,17 +74,19 @@ func markdownHead(w io.Writer, left int, cells ...string) {
 }
 
 func markdownRates(w io.Writer, s section) {
-	markdownHead(w, 2, "test", "message", "plain", "skipstack", "AF_UNIX", "ratio", "CPU s, plain", "CPU s, skipstack", "redirected", "proof")
+	markdownHead(w, 2, "test", "message", "plain", "skipstack", "AF_UNIX", "ratio", "pairs", "CPU s, plain", "CPU s, skipstack", "redirected", "proof")
 	for _, p := range s.points {
 		unix := ""
 		if p.Unix != nil {
 			unix = p.Unix.rate(p.Test)
 		}
 		markdownRow(w, string(p.Test), p.options(), p.Plain.rate(p.Test), p.Accelerated.rate(p.Test), unix,
-			threeDigits(p.Speedup)+" ± "+threeDigits(p.MAD), threeDigits(p.Plain.cost(p.Test)), threeDigits(p.Accelerated.cost(p.Test)),
+			p.spacedRatio(), fmt.Sprint(p.Repeats), threeDigits(p.Plain.cost(p.Test)), threeDigits(p.Accelerated.cost(p.Test)),
 			p.redirectedPart(), string(p.Proof))
 	}
 }
+
+func (r Result) spacedRatio() string { return strings.ReplaceAll(r.ratio(), "±", " ± ") }
 
 func markdownLatencies(w io.Writer, s section) {
 	head := false

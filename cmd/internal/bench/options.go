@@ -20,7 +20,7 @@ import (
 type flags struct {
 	quick, full                     bool
 	tests, paths, placements, sizes string
-	repeats                         int
+	repeats, maxPairs               int
 	length                          time.Duration
 	sockets, reference              string
 	cniPath, conflist               string
@@ -46,7 +46,8 @@ func (f *flags) add(cmd *cobra.Command) {
 	set.StringVar(&f.paths, "paths", "", "only these, a `LIST` of "+joined(allPaths))
 	set.StringVar(&f.placements, "placements", "", "only these, a `LIST` of "+joined(allPlacements))
 	set.StringVar(&f.sizes, "sizes", "", "message sizes of stream, and response sizes of rr, in place of the set's: a `LIST` such as 64,4KiB,1MiB")
-	set.IntVar(&f.repeats, "repeats", minRepeats, "`PAIRS` of runs of each point")
+	set.IntVar(&f.repeats, "repeats", minRepeats, "the least `PAIRS` of runs of each point")
+	set.IntVar(&f.maxPairs, "max-pairs", defaultMaxPairs, "the most `PAIRS` of a point whose ratio is uncertain, in the set's time")
 	set.DurationVar(&f.length, "length", minLength, "`DURATION` of one run")
 	set.StringVar(&f.sockets, "sockets", blockingSockets, "what the generators use: blocking, or nonblocking with poll(2)")
 	set.StringVar(&f.reference, "reference", "", "unix: measure each point over an AF_UNIX stream too, which has no network at all")
@@ -67,6 +68,9 @@ type options struct {
 // options checks what can be checked without looking at the machine.
 func (f *flags) options(cmd *cobra.Command) (options, error) {
 	o := options{flags: *f, cniPathSet: cmd.Flags().Changed("cni-path")}
+	if !cmd.Flags().Changed("max-pairs") {
+		o.maxPairs = max(o.maxPairs, o.repeats)
+	}
 	var err error
 	switch {
 	case f.quick && f.full:

@@ -156,7 +156,7 @@ func (p *page) summary() {
 		p.element("p", fmt.Sprintf("skipstack is at least as fast as plain TCP at %d of %s. Plain TCP is faster at:", len(r.Points)-len(slower), pointsCount(len(r.Points))))
 		var losses []string
 		for _, point := range slower {
-			losses = append(losses, fmt.Sprintf("%s: %s of the plain rate", point.Point, ratio(point)))
+			losses = append(losses, fmt.Sprintf("%s: %s of the plain rate", point.Point, point.ratio()))
 		}
 		p.list(losses)
 	}
@@ -173,9 +173,6 @@ func (p *page) summary() {
 	}
 	p.markup("</section>\n")
 }
-
-// ratio is a point's speedup with its spread.
-func ratio(r Result) string { return threeDigits(r.Speedup) + "±" + threeDigits(r.MAD) }
 
 func (p *page) list(items []string) {
 	if len(items) == 0 {
@@ -209,7 +206,7 @@ func (p *page) method() {
 		sockets = "non-blocking, with poll(2)"
 	}
 	fact("Sockets", sockets)
-	fact("Runs", fmt.Sprintf("medians of %d pairs of %v each, after a warm-up of %v", h.Parameters.Repeats, h.Parameters.Length, h.Parameters.WarmUp))
+	fact("Runs", fmt.Sprintf("medians of %s, of %v each after a warm-up of %v", h.Parameters.pairs(), h.Parameters.Length, h.Parameters.WarmUp))
 	fact("Verified", quantity(float64(h.Verified), "B")+", byte by byte, apart from the measuring")
 	if h.Duration > 0 {
 		fact("Duration", (time.Duration(h.Duration * float64(time.Second))).Round(time.Second).String())
@@ -221,7 +218,7 @@ func (p *page) method() {
 	}
 	p.element("p", "stream sends messages one way; rr exchanges a request and a response at a time; crr does so on a new connection each time. "+
 		"x16 is that many connections at once. nodelay is TCP_NODELAY, which switches Nagle's algorithm off; rr always has it. "+
-		"The ratio is the rate with skipstack over the plain rate: the median of the pairs' ratios and their median absolute deviation. Over 1, skipstack is faster.")
+		"The ratio is the rate with skipstack over the plain rate: the median of the pairs' ratios and their median absolute deviation. Over 1, skipstack is faster. "+uncertainLegend)
 	p.element("p", "Redirected is the part of the bytes that skipped the stack. The proof is ok at 99 %; it is overflow if the others went by TCP "+
 		"because the receiver had its limit of unread bytes, which is how a fast sender is slowed down.")
 	if len(h.Plugins) > 0 { // pods of the bench's own
@@ -572,9 +569,9 @@ func (p *page) rateTable(caption string, points []Result) {
 	var rows [][]string
 	for _, r := range points {
 		rows = append(rows, row(r, all, func(f *Figures) string { return f.rate(r.Test) },
-			ratio(r), quantity(float64(r.PayloadBytes), "B"), r.redirectedPart(), string(r.Proof)))
+			r.ratio(), strconv.Itoa(r.Repeats), quantity(float64(r.PayloadBytes), "B"), r.redirectedPart(), string(r.Proof)))
 	}
-	p.table(caption, headOf(all, "ratio", "sent", "redirected", "proof"), nil, rows)
+	p.table(caption, headOf(all, "ratio", "pairs", "sent", "redirected", "proof"), nil, rows)
 }
 
 func (p *page) latencyTable(points []Result) {

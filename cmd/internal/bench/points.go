@@ -163,7 +163,7 @@ func quickPoints() []Point {
 // parameters fit the sets into their times.
 func parameters(o options) Parameters {
 	return Parameters{
-		Set: o.selection.set, Repeats: o.repeats, WarmUp: 10 * time.Millisecond, Length: o.length,
+		Set: o.selection.set, Repeats: o.repeats, MaxPairs: o.maxPairs, WarmUp: 10 * time.Millisecond, Length: o.length,
 		NonBlocking: o.sockets == nonBlockingSockets, Unix: o.reference == unixReference,
 	}
 }
@@ -174,12 +174,16 @@ const (
 	maxLength  = time.Minute
 	minRepeats = 5
 	maxRepeats = 1000
+	// defaultMaxPairs is where a point that stays uncertain is left at that.
+	defaultMaxPairs = 25
 )
 
 func (p Parameters) validate() error {
 	switch {
 	case p.Repeats < minRepeats || p.Repeats > maxRepeats:
 		return fmt.Errorf("--repeats %d: it is %d to %d; a median takes at least %d", p.Repeats, minRepeats, maxRepeats, minRepeats)
+	case p.MaxPairs < p.Repeats || p.MaxPairs > maxRepeats:
+		return fmt.Errorf("--max-pairs %d: it is --repeats, here %d, to %d", p.MaxPairs, p.Repeats, maxRepeats)
 	case p.Length < minLength || p.Length > maxLength:
 		return fmt.Errorf("--length %v: a run takes %v to %v", p.Length, minLength, maxLength)
 	case p.WarmUp <= 0:
@@ -192,18 +196,55 @@ const (
 	// runOverhead is what starting and ending a run takes on top of its length.
 	runOverhead = 10 * time.Millisecond
 	// beginAndEnd is making the node, verifying data and cleaning up.
-	beginAndEnd = 3 * time.Second
+	beginAndEnd = 2 * time.Second
 )
 
-// estimate is how long a bench takes on an idle machine.
-func (p Parameters) estimate(points []Point) time.Duration {
+// run is how long a run takes on an idle machine.
+func (p Parameters) run() time.Duration { return p.WarmUp + p.Length + runOverhead }
+
+// base is how long the least pairs of some points take on an idle machine.
+func (p Parameters) base(points int) time.Duration {
 	kinds := 2
 	if p.Unix {
 		kinds++
 	}
-	runs := len(points) * p.Repeats * kinds
-	costs := len(costPoints(points))
-	return time.Duration(runs)*(p.WarmUp+p.Length+runOverhead) + time.Duration(costs)*(p.WarmUp+p.Length/2+runOverhead) + beginAndEnd
+	return time.Duration(points*p.Repeats*kinds) * p.run()
+}
+
+// costs is how long it takes to time the BPF programs at some points.
+func (p Parameters) costs(points []Point) time.Duration {
+	return time.Duration(len(costPoints(points))) * (p.run() - p.Length/2)
+}
+
+// estimate is how long a bench takes on an idle machine: at least, where every ratio is
+// certain at once, and at most.
+func (p Parameters) estimate(points []Point) (least, most time.Duration) {
+	least = p.base(len(points)) + p.costs(points) + beginAndEnd
+	most = least + time.Duration(len(points)*(p.MaxPairs-p.Repeats)*2)*p.run()
+	if limit := p.limit(); limit > 0 {
+		most = min(most, max(least, limit))
+	}
+	return least, most
+}
+
+// howLong says how long a bench takes.
+func (p Parameters) howLong(points []Point) string {
+	least, most := p.estimate(points)
+	least, most = least.Round(time.Second), most.Round(time.Second)
+	if least == most {
+		return fmt.Sprintf("about %v", least)
+	}
+	return fmt.Sprintf("about %v, with more pairs for uncertain ratios up to %v", least, most)
+}
+
+// limit is the time that a bench does not go over for the sake of more pairs; 0 is none.
+// It is the set's, less a reserve for a machine on which a run has to be repeated.
+func (p Parameters) limit() time.Duration {
+	limit := map[string]time.Duration{quickSet: 19 * time.Second, defaultSet: 175 * time.Second}[p.Set]
+	if p.Unix { // for each two runs, a third
+		limit = limit * 3 / 2
+	}
+	return limit
 }
 
 // parseSizes reads a list such as 64,4KiB,64KiB.

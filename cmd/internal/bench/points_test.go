@@ -2,6 +2,7 @@ package bench
 
 import (
 	"slices"
+	"strings"
 	"testing"
 	"time"
 )
@@ -16,22 +17,36 @@ func selected(t *testing.T, s selection, cpus int) []Point {
 }
 
 func testParameters(set string) Parameters {
-	return Parameters{Set: set, Repeats: minRepeats, WarmUp: 10 * time.Millisecond, Length: minLength}
+	return Parameters{Set: set, Repeats: minRepeats, MaxPairs: defaultMaxPairs, WarmUp: 10 * time.Millisecond, Length: minLength}
 }
 
 // TestSetsFit holds the sets to their times, with some to spare for a machine on
 // which a run has to be repeated.
 func TestSetsFit(t *testing.T) {
-	for set, limit := range map[string]time.Duration{quickSet: 20 * time.Second, defaultSet: 175 * time.Second} {
-		points := selected(t, selection{set: set}, 2)
-		if got := testParameters(set).estimate(points); got > limit {
-			t.Errorf("the %s set's %d points take %v, over %v", set, len(points), got, limit)
+	for set, limit := range map[string]time.Duration{quickSet: 20 * time.Second, defaultSet: 3 * time.Minute} {
+		p, points := testParameters(set), selected(t, selection{set: set}, 2)
+		least, most := p.estimate(points)
+		if most >= limit || least > limit*97/100 || least >= p.limit() {
+			t.Errorf("the %s set's %d points take %v to %v, over %v", set, len(points), least, most, limit)
 		}
-		with := testParameters(set)
+		with := p
 		with.Unix = true
-		if with.estimate(points) < testParameters(set).estimate(points)*5/4 {
-			t.Error("a reference takes no time")
+		if longer, _ := with.estimate(points); longer < least*5/4 || longer >= with.limit() {
+			t.Errorf("with a reference it takes %v", longer)
 		}
+		// Who asks for more than the time of the set gets it, and no more pairs.
+		p.Length = time.Second
+		if least, most := p.estimate(points); least <= limit || most != least {
+			t.Errorf("runs of a second take %v to %v", least, most)
+		}
+	}
+	p, points := testParameters(fullSet), selected(t, selection{set: fullSet}, 2)
+	least, most := p.estimate(points)
+	if pairs := most - least; pairs < time.Duration(len(points)*(defaultMaxPairs-minRepeats)*2)*minLength || p.limit() != 0 {
+		t.Errorf("the full set takes %v to %v: without the pairs that there may be", least, most)
+	}
+	if said := p.howLong(points); !strings.Contains(said, least.Round(time.Second).String()) || !strings.Contains(said, most.Round(time.Second).String()) {
+		t.Errorf("it says %q of %v to %v", said, least, most)
 	}
 }
 
@@ -131,6 +146,8 @@ func TestParametersAreChecked(t *testing.T) {
 	for name, change := range map[string]func(*Parameters){
 		"few repeats":  func(p *Parameters) { p.Repeats = 4 },
 		"many repeats": func(p *Parameters) { p.Repeats = 1001 },
+		"few pairs":    func(p *Parameters) { p.MaxPairs = 4 },
+		"many pairs":   func(p *Parameters) { p.MaxPairs = 1001 },
 		"short":        func(p *Parameters) { p.Length = minLength - 1 },
 		"long":         func(p *Parameters) { p.Length = time.Hour },
 		"no warm-up":   func(p *Parameters) { p.WarmUp = 0 },

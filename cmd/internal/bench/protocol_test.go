@@ -45,7 +45,7 @@ func startServer(t *testing.T, o serveOptions) (p ports, ended <-chan error, log
 }
 
 func clientOf(p ports) clientOptions {
-	return clientOptions{ports: p, target: "localhost", wait: 30 * time.Second, repeats: minRepeats}
+	return clientOptions{ports: p, target: "localhost", wait: 30 * time.Second, repeats: minRepeats, maxPairs: minRepeats}
 }
 
 func newTestClient(t *testing.T, o clientOptions) (*podSite, error) {
@@ -60,7 +60,7 @@ func newTestClient(t *testing.T, o clientOptions) (*podSite, error) {
 // shortRuns is a runner for runs that only have to work.
 func (s *podSite) shortRuns() *runner {
 	return &runner{site: s, cpus: s.cpus, log: io.Discard, rules: counterRules, parameters: Parameters{
-		Repeats: minRepeats, WarmUp: time.Millisecond, Length: 20 * time.Millisecond, NonBlocking: true,
+		Repeats: minRepeats, MaxPairs: minRepeats, WarmUp: time.Millisecond, Length: 20 * time.Millisecond, NonBlocking: true,
 	}}
 }
 
@@ -95,7 +95,7 @@ func TestSessionWithoutAcceleration(t *testing.T) {
 	}
 	s.works(t)
 	var said strings.Builder
-	_, err = s.measure(t.Context(), Parameters{Repeats: minRepeats, WarmUp: time.Millisecond, Length: minLength, NonBlocking: true}, podPoints, &said)
+	_, err = s.measure(t.Context(), Parameters{Repeats: minRepeats, MaxPairs: minRepeats, WarmUp: time.Millisecond, Length: minLength, NonBlocking: true}, podPoints, &said)
 	if err == nil || !strings.Contains(err.Error(), "the bypass is not proven") || strings.Count(said.String(), "not accelerated") != 1 {
 		t.Errorf("two pods that are not accelerated: %v, after %s", err, said.String())
 	}

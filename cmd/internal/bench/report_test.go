@@ -15,12 +15,12 @@ func widest(test Test) Result {
 		Point:       Point{Test: test, Path: Loopback, Placement: CrossCPU, RequestBytes: 256, ResponseBytes: 30000, NoDelay: true, Connections: 1},
 		Plain:       Figures{BytesPerSecond: 12.34e9, TransactionsPerSecond: 123456, P50: 123456789, P99: 123456789},
 		Accelerated: Figures{BytesPerSecond: 12.34e9, TransactionsPerSecond: 123456, P50: 123456789, P99: 123456789},
-		Speedup:     12.34, MAD: 1.23, PayloadBytes: 12.34e9, RedirectedBytes: 12.34e9, Proof: Overflow, Speedups: []float64{12.34},
+		Speedup:     12.34, MAD: 1.23, StandardError: 1.11, Uncertain: true, Repeats: 25, PayloadBytes: 12.34e9, RedirectedBytes: 12.34e9, Proof: Overflow, Speedups: []float64{12.34},
 	}
 }
 
 func TestTextFits(t *testing.T) {
-	r := newReport(Parameters{Repeats: 5, Length: time.Second}, Facts{Network: "private node: bridge + skipstack", Verdict: "risky: splice, fionread, epoll, uncharged"})
+	r := newReport(Parameters{Repeats: 5, MaxPairs: 25, Length: time.Second}, Facts{Network: "private node: bridge + skipstack", Verdict: "risky: splice, fionread, epoll, uncharged"})
 	r.Points = []Result{widest(Stream), widest(RequestResponse), widest(ConnectRequestResponse)}
 	var b bytes.Buffer
 	if err := r.writeText(&b); err != nil {
@@ -31,7 +31,7 @@ func TestTextFits(t *testing.T) {
 			t.Errorf("%d columns: %s", n, line)
 		}
 	}
-	for _, explained := range []string{"the median of the pairs' ratios", "Overflow is a pass"} {
+	for _, explained := range []string{"the median of the pairs' ratios", "Overflow is a pass", "12.3±1.23?", "?: the ratio is uncertain", "More pairs, as the ratio was uncertain", "Medians of 5 to 25 pairs"} {
 		if !strings.Contains(b.String(), explained) {
 			t.Errorf("it does not say %q", explained)
 		}
@@ -83,7 +83,7 @@ func TestJSON(t *testing.T) {
 	}
 	for _, key := range []string{
 		"test", "path", "placement", "request_bytes", "response_bytes", "nodelay", "connections", "plain", "accelerated",
-		"speedup", "payload_bytes", "redirected_bytes", "tcp_bytes", "repeats", "mad", "proof",
+		"speedup", "payload_bytes", "redirected_bytes", "tcp_bytes", "repeats", "mad", "proof", "standard_error", "uncertain",
 	} {
 		if got.Points[0][key] == nil {
 			t.Errorf("a point has no %s", key)

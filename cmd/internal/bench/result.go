@@ -55,10 +55,13 @@ type Facts struct {
 
 // Parameters are how long and how often each point is measured.
 type Parameters struct {
-	Set     string        `json:"set"`     // quick, default or full
-	Repeats int           `json:"repeats"` // of plain and accelerated each
-	WarmUp  time.Duration `json:"warm_up_ns"`
-	Length  time.Duration `json:"length_ns"` // of one run, without its warm-up
+	Set     string `json:"set"`     // quick, default or full
+	Repeats int    `json:"repeats"` // of plain and accelerated each, at least
+	// MaxPairs is the most of a point whose ratio is uncertain, as far as the set's
+	// time goes.
+	MaxPairs int           `json:"max_pairs"`
+	WarmUp   time.Duration `json:"warm_up_ns"`
+	Length   time.Duration `json:"length_ns"` // of one run, without its warm-up
 	// NonBlocking: the generators use O_NONBLOCK sockets and poll(2), as event
 	// loops do, instead of blocking ones.
 	NonBlocking bool `json:"non_blocking"`
@@ -143,11 +146,15 @@ type Result struct {
 	Plain       Figures  `json:"plain"`
 	Accelerated Figures  `json:"accelerated"`
 	Unix        *Figures `json:"unix"` // null: no reference was asked for
-	// Speedup is accelerated over plain in rate, pair by pair; the median, and its
-	// median absolute deviation.
-	Speedup float64 `json:"speedup"`
-	MAD     float64 `json:"mad"`
-	Repeats int     `json:"repeats"`
+	// Speedup is accelerated over plain in rate, pair by pair; the median, its median
+	// absolute deviation, and how far the median may be off: its standard error.
+	Speedup       float64 `json:"speedup"`
+	MAD           float64 `json:"mad"`
+	StandardError float64 `json:"standard_error"`
+	// Uncertain: the standard error is more than 4 % of the speedup; for other
+	// pairs the bench had no time, or the most it may have were not enough.
+	Uncertain bool `json:"uncertain"`
+	Repeats   int  `json:"repeats"` // pairs
 	// Bytes of the accelerated runs, warm-up included, both directions.
 	PayloadBytes    uint64 `json:"payload_bytes"`
 	RedirectedBytes uint64 `json:"redirected_bytes"`

@@ -80,40 +80,49 @@ func (r *runner) place(p Placement) (placed, error) {
 	return placed{}, fmt.Errorf("placement %s: only one CPU may be used", p)
 }
 
-// measure runs a point: plain, accelerated, accelerated, plain, and so on, so that a
-// machine that slowly changes its speed favours neither. Where a reference is
-// asked for, it follows each pair.
-func (r *runner) measure(ctx context.Context, p Point) (Result, error) {
-	var plain, accelerated, reference samples
-	for i := range r.parameters.Repeats {
-		runs := []runKind{{}, {accelerated: true}}
-		if i%2 == 1 {
-			runs[0], runs[1] = runs[1], runs[0]
-		}
-		if r.parameters.Unix {
-			runs = append(runs, runKind{unix: true})
-		}
-		for _, kind := range runs {
-			m, counted, err := r.runAs(ctx, p, kind)
-			if err != nil {
-				return Result{}, fmt.Errorf("%s: %w", p, err)
-			}
-			switch {
-			case kind.unix:
-				reference.add(p, m, counted)
-			case kind.accelerated:
-				accelerated.add(p, m, counted)
-			default:
-				plain.add(p, m, counted)
-			}
+// series measures the least pairs of a point: plain, accelerated, accelerated, plain,
+// and so on, so that a machine that slowly changes its speed favours neither. Where a
+// reference is asked for, it follows each pair.
+func (r *runner) series(ctx context.Context, p Point) (*series, error) {
+	s := &series{point: p}
+	for range r.parameters.Repeats {
+		if err := r.pair(ctx, s, r.parameters.Unix); err != nil {
+			return nil, fmt.Errorf("%s: %w", p, err)
 		}
 	}
-	result := conclude(p, &plain, &accelerated, r.judge())
-	if r.parameters.Unix {
-		figures := reference.figures(p)
-		result.Unix = &figures
+	return s, nil
+}
+
+// pair adds a pair of runs to a series, or nothing if there is an error.
+func (r *runner) pair(ctx context.Context, s *series, reference bool) error {
+	kinds := []runKind{{}, {accelerated: true}}
+	if len(s.plain.rates)%2 == 1 {
+		kinds[0], kinds[1] = kinds[1], kinds[0]
 	}
-	return result, nil
+	if reference {
+		kinds = append(kinds, runKind{unix: true})
+	}
+	var runs [3]struct {
+		m       measured
+		counted datapath.Counters
+	}
+	for i, kind := range kinds {
+		var err error
+		if runs[i].m, runs[i].counted, err = r.runAs(ctx, s.point, kind); err != nil {
+			return err
+		}
+	}
+	for i, kind := range kinds {
+		of := &s.plain
+		switch {
+		case kind.unix:
+			of = &s.reference
+		case kind.accelerated:
+			of = &s.accelerated
+		}
+		of.add(s.point, runs[i].m, runs[i].counted)
+	}
+	return nil
 }
 
 // errTooBusy is returned for a run that something disturbed at every attempt.

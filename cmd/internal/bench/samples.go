@@ -57,7 +57,8 @@ func conclude(p Point, plain, accelerated *samples, by *rules) Result {
 	speedups := ratios(accelerated.rates, plain.rates)
 	result := Result{
 		Point: p, Plain: plain.figures(p), Accelerated: accelerated.figures(p),
-		Speedup: median(speedups), MAD: mad(speedups), Repeats: len(speedups),
+		Speedup: median(speedups), MAD: mad(speedups), StandardError: standardError(speedups),
+		Uncertain: uncertainty(speedups) > certain, Repeats: len(speedups),
 		PayloadBytes: accelerated.evidence.Payload, RedirectedBytes: accelerated.evidence.redirected(),
 		TCPBytes: accelerated.evidence.TCP,
 		Speedups: speedups, Outliers: outliers(speedups),

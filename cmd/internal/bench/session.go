@@ -164,32 +164,49 @@ func measureAll(ctx context.Context, s site, p Parameters, points []Point, log i
 	start := time.Now()
 	report := newReport(p, s.facts())
 	report.Header.InterruptsApart = r.interruptsApart
-	fmt.Fprintf(log, "bench: %s, about %v\n", pointsCount(len(points)), p.estimate(points).Round(time.Second))
+	fmt.Fprintf(log, "bench: %s, %s\n", pointsCount(len(points)), p.howLong(points))
+	budget := budget{start: start, limit: p.limit()}
 	var path Path
-	missing := false
-	for i, point := range points {
-		if point.Path != path {
-			path = point.Path
-			if missing, err = r.begin(ctx, path, report); err != nil {
+	missing, done := false, 0
+	for _, stage := range stages(points) {
+		var measured []*series
+		for _, point := range stage {
+			done++
+			if point.Path != path {
+				path = point.Path
+				if missing, err = r.begin(ctx, path, report); err != nil {
+					return nil, err
+				}
+			}
+			if missing || r.leaveOut(point, report) {
+				continue
+			}
+			s, err := r.series(ctx, point)
+			if err != nil {
 				return nil, err
 			}
+			measured = append(measured, s)
+			left := time.Since(start) / time.Duration(done) * time.Duration(len(points)-done)
+			r.tell(s, fmt.Sprintf("%d/%d, %v left", done, len(points), left.Round(time.Second)))
 		}
-		if missing || r.leaveOut(point, report) {
-			continue
-		}
-		result, err := r.measure(ctx, point)
-		if err != nil {
+		if err := r.refine(ctx, measured, budget.until(p, len(stage), len(points)-done, p.costs(points))); err != nil {
 			return nil, err
 		}
-		report.Points = append(report.Points, result)
-		left := time.Since(start) / time.Duration(i+1) * time.Duration(len(points)-i-1)
-		fmt.Fprintf(log, "bench: %d/%d, %v left: %s: ratio %.2f, %s\n", i+1, len(points), left.Round(time.Second), point, result.Speedup, result.proof())
+		for _, s := range measured {
+			report.Points = append(report.Points, s.conclude(r.judge()))
+		}
 	}
 	if err := r.costs(ctx, report); err != nil {
 		return nil, err
 	}
 	report.Header.Duration = time.Since(start).Seconds()
 	return report, nil
+}
+
+// tell says what came of a point so far.
+func (r *runner) tell(s *series, progress string) {
+	result := s.conclude(r.judge())
+	fmt.Fprintf(r.log, "bench: %s: %s: ratio %.2f, %s\n", progress, result.Point, result.Speedup, result.proof())
 }
 
 // leaveOut says in the report why the site cannot measure a point, if so.

@@ -2,6 +2,7 @@ package bench
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -110,7 +111,16 @@ func testRunner(t *testing.T, s site) *runner {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return &runner{site: s, cpus: cpus, log: io.Discard, parameters: Parameters{Repeats: 5, WarmUp: time.Millisecond, Length: 50 * time.Millisecond}}
+	return &runner{site: s, cpus: cpus, log: io.Discard, parameters: Parameters{Repeats: 5, MaxPairs: 5, WarmUp: time.Millisecond, Length: 50 * time.Millisecond}}
+}
+
+// measure measures a point with the least pairs.
+func (r *runner) measure(ctx context.Context, p Point) (Result, error) {
+	s, err := r.series(ctx, p)
+	if err != nil {
+		return Result{}, err
+	}
+	return s.conclude(r.judge()), nil
 }
 
 func point(test Test, request, response int) Point {
@@ -252,7 +262,7 @@ func TestPrivateSite(t *testing.T) {
 		t.Fatal(err)
 	}
 	var log bytes.Buffer
-	p := Parameters{Set: quickSet, Repeats: minRepeats, WarmUp: 10 * time.Millisecond, Length: minLength, Unix: true}
+	p := Parameters{Set: quickSet, Repeats: minRepeats, MaxPairs: minRepeats, WarmUp: 10 * time.Millisecond, Length: minLength, Unix: true}
 	report, err := measureAll(t.Context(), s, p, []Point{point(Stream, 64<<10, 0)}, &log)
 	if err != nil {
 		t.Fatalf("%v\n%s", err, log.String())

@@ -1,6 +1,9 @@
 package bench
 
-import "slices"
+import (
+	"math"
+	"slices"
+)
 
 // median returns the middle value of v, or the mean of the two middle ones; 0 if
 // there is none.
@@ -20,6 +23,39 @@ func mad(v []float64) float64 {
 		deviations[i] = max(x-m, m-x)
 	}
 	return median(deviations)
+}
+
+// standardError estimates the standard error of the median of v from two of its order
+// statistics, whatever its distribution (Price and Bonett, "Estimating the variance
+// of the sample median", 2001): an interval of the median that is about two standard
+// errors wide on either side, over the width that its exact coverage gives it. One wild
+// value moves it only while there are few. It is 0 for fewer than two values, which
+// say nothing of it.
+func standardError(v []float64) float64 {
+	n := len(v)
+	if n < 2 {
+		return 0
+	}
+	s := slices.Sorted(slices.Values(v))
+	c := max(1, int(math.Round(float64(n+1)/2-math.Sqrt(float64(n)))))
+	// The chance that the median is below the c-th value, or above the c-th from the end:
+	// that of fewer than c heads in n throws of a coin.
+	tail, term := 0.0, math.Exp2(-float64(n))
+	for heads := range c {
+		tail += term
+		term *= float64(n-heads) / float64(heads+1)
+	}
+	z := math.Sqrt2 * math.Erfinv(1-2*tail)
+	return (s[n-c] - s[c-1]) / (2 * z)
+}
+
+// uncertainty is the standard error of the median over the median; infinite where
+// there are too few values to tell.
+func uncertainty(v []float64) float64 {
+	if m := median(v); m > 0 && len(v) >= 2 {
+		return standardError(v) / m
+	}
+	return math.Inf(1)
 }
 
 // ratios divides pairwise.

@@ -49,15 +49,16 @@ func (r *Report) writeText(w io.Writer) error {
 	fmt.Fprintln(&b)
 	paragraph(&b, "Linux %s, %s, %d CPUs. Kernel verdict: %s.", h.Kernel, h.CPU, h.CPUs, h.Verdict)
 	paragraph(&b, "Two pods, %s; congestion control %s.", h.Network, h.Congestion)
-	fmt.Fprintf(&b, "Medians of %d pairs of runs of %v; plain and accelerated runs differ only in\n", h.Parameters.Repeats, h.Parameters.Length)
-	fmt.Fprint(&b, "the processes' cgroup. The pods accept two risks, which is right here: splice,\n"+
-		"as the processes only send and recv, and blocking, as one thread reads each\n"+
-		"socket and retries on EAGAIN.\n")
+	paragraph(&b, "Medians of %s of %v; plain and accelerated runs differ only in the processes' cgroup. "+
+		"The pods accept two risks, which is right here: splice, as the processes only send and recv, and blocking, "+
+		"as one thread reads each socket and retries on EAGAIN.", h.Parameters.pairs(), h.Parameters.Length)
 	r.writeResults(&b, `
 one CPU, two CPUs: client and server share one, or have one each.
 ratio: rate with skipstack over plain rate, the median of the pairs' ratios and
   their median absolute deviation. On a busy machine it differs from the ratio
   of the two medians shown.
+?: the ratio is uncertain: its standard error is more than 4 %, in spite of all
+  pairs that there was time for.
 sent: payload bytes of the skipstack runs, and how much of it was redirected.
   All of the plain runs' was seen to go by TCP.
 x16: that many connections at once.
@@ -99,6 +100,11 @@ func (r *Report) writeResults(b io.Writer, legend string) {
 		}
 	}
 	for _, p := range r.Points {
+		if p.Repeats > r.Header.Parameters.Repeats {
+			paragraph(b, "More pairs, as the ratio was uncertain: %s: %d, standard error %.1f %%.", p.Point, p.Repeats, 100*p.StandardError/p.Speedup)
+		}
+	}
+	for _, p := range r.Points {
 		if p.Proof == Failed {
 			paragraph(b, "NOT PROVEN: %s: %s.", p.Point, p.Reason)
 		}
@@ -136,7 +142,7 @@ func writeRates(w io.Writer, points []Result, withUnix bool) {
 			// The reference takes the place of the bytes, which JSON and CSV have.
 			sent = unix
 		}
-		line := fmt.Sprintf("%-6s %-15s %9s %9s %9s  %-9s %6s  %s", test, message, plain, accelerated, sent, ratio, redirected, proof)
+		line := fmt.Sprintf("%-6s %-15s %9s %9s %9s %-10s %6s  %s", test, message, plain, accelerated, sent, ratio, redirected, proof)
 		fmt.Fprintln(w, strings.TrimRight(line, " "))
 	}
 	row("test", "message", "plain", "skipstack", "AF_UNIX", "ratio", "sent", "redir.", "proof")
@@ -146,7 +152,7 @@ func writeRates(w io.Writer, points []Result, withUnix bool) {
 			unix = p.Unix.rate(p.Test)
 		}
 		row(p.Test, p.options(), p.Plain.rate(p.Test), p.Accelerated.rate(p.Test), unix,
-			threeDigits(p.Speedup)+"±"+threeDigits(p.MAD), quantity(float64(p.PayloadBytes), "B"), p.redirectedPart(), p.Proof)
+			p.ratio(), quantity(float64(p.PayloadBytes), "B"), p.redirectedPart(), p.Proof)
 	}
 }
 
@@ -226,7 +232,7 @@ func (r *Report) writeLosses(w io.Writer) {
 
 func writePoints(w io.Writer, points []Result) {
 	for _, p := range points {
-		fmt.Fprintf(w, "  %s: ratio %s±%s\n", p.Point, threeDigits(p.Speedup), threeDigits(p.MAD))
+		fmt.Fprintf(w, "  %s: ratio %s\n", p.Point, p.ratio())
 	}
 }
 

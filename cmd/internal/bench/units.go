@@ -13,6 +13,26 @@ func (r Result) proof() string {
 	return string(r.Proof)
 }
 
+// ratio is a point's speedup with its spread, and a mark if it is uncertain.
+func (r Result) ratio() string {
+	s := threeDigits(r.Speedup) + "±" + threeDigits(r.MAD)
+	if r.Uncertain {
+		s += "?"
+	}
+	return s
+}
+
+// uncertainLegend explains the mark.
+var uncertainLegend = fmt.Sprintf("A ratio with a question mark is uncertain: the standard error of the median is more than %.0f %%.", 100*certain)
+
+// pairs says how many pairs of runs a point has.
+func (p Parameters) pairs() string {
+	if p.MaxPairs > p.Repeats {
+		return fmt.Sprintf("%d to %d pairs of runs", p.Repeats, p.MaxPairs)
+	}
+	return fmt.Sprintf("%d pairs of runs", p.Repeats)
+}
+
 func (f Figures) rate(t Test) string {
 	if t == Stream {
 		return quantity(f.BytesPerSecond, "B/s")
