@@ -47,6 +47,27 @@ char _license[] SEC("license") = "GPL";
 /* A socket is in one map but for the programs of others. */
 #define MAX_LINKS 8
 
+/* How many calls were refused. Refusals are rare, as programs do not splice again
+ * after one, so all CPUs share a counter.
+ * Writer: the guard. Reader: user space. A guard that takes another's place goes on
+ * with its map. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, __u64);
+} skipstack_guard SEC(".maps");
+
+static __always_inline int refuse(void)
+{
+	__u32 zero = 0;
+	__u64 *refused = bpf_map_lookup_elem(&skipstack_guard, &zero);
+
+	if (refused)
+		__sync_fetch_and_add(refused, 1);
+	return -EINVAL;
+}
+
 /* io_uring_splices tells if an io_uring worker is carrying out a splice, for which
  * its registers say nothing. io_uring leaves splices to its workers always, as
  * they may block (io_splice(), io_uring/splice.c). */
@@ -128,7 +149,7 @@ static __always_inline int guard(struct file *file, int mask, int before)
 	socket = bpf_sock_from_file(file);
 	if (!socket || !socket->sk)
 		return 0;
-	return enrolled(socket->sk) ? -EINVAL : 0;
+	return enrolled(socket->sk) ? refuse() : 0;
 }
 
 SEC("lsm/file_permission")

@@ -16,9 +16,10 @@ import (
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	GuardMapSocks         = "socks"
-	GuardProgGuardFmodRet = "guard_fmod_ret"
-	GuardProgGuardLsm     = "guard_lsm"
+	GuardMapSkipstackGuard = "skipstack_guard"
+	GuardMapSocks          = "socks"
+	GuardProgGuardFmodRet  = "guard_fmod_ret"
+	GuardProgGuardLsm      = "guard_lsm"
 )
 
 // LoadGuard returns the embedded CollectionSpec for Guard.
@@ -71,7 +72,8 @@ type GuardProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type GuardMapSpecs struct {
-	Socks *ebpf.MapSpec `ebpf:"socks"`
+	SkipstackGuard *ebpf.MapSpec `ebpf:"skipstack_guard"`
+	Socks          *ebpf.MapSpec `ebpf:"socks"`
 }
 
 // GuardVariableSpecs contains global variables before they are loaded into the kernel.
@@ -100,11 +102,13 @@ func (o *GuardObjects) Close() error {
 //
 // It can be passed to LoadGuardObjects or ebpf.CollectionSpec.LoadAndAssign.
 type GuardMaps struct {
-	Socks *ebpf.Map `ebpf:"socks"`
+	SkipstackGuard *ebpf.Map `ebpf:"skipstack_guard"`
+	Socks          *ebpf.Map `ebpf:"socks"`
 }
 
 func (m *GuardMaps) Close() error {
 	return _GuardClose(
+		m.SkipstackGuard,
 		m.Socks,
 	)
 }

@@ -109,10 +109,10 @@ func (s *Set) SetNode(n NodeSettings) error {
 		return guardErr
 	}
 	g := s.guardPins()
-	var prog *ebpf.Program
+	var prog *guardProgram
 	var guardErr error
 	if n.Guard != NoGuard && n.Guard != g.wanted() {
-		if prog, guardErr = loadGuard(n.Guard, g.socks); guardErr != nil {
+		if prog, guardErr = g.load(n.Guard); guardErr != nil {
 			n.Guard = NoGuard
 			n.Risks |= RiskSplice
 		}

@@ -23,10 +23,13 @@ func (c Count) Plus(d Count) Count { return Count{c.Messages + d.Messages, c.Byt
 type Counters struct {
 	Messages    map[string]Count  `json:"messages"`
 	Connections map[string]uint64 `json:"connections"`
-	Events      map[string]uint64 `json:"events"`
+	Events      map[string]uint64 `json:"events"` // and [EventSpliceRefused]
 }
 
-// Counters sums the counters of all CPUs.
+// EventSpliceRefused is the label of calls that the splice guard has refused.
+const EventSpliceRefused = "splice_refused"
+
+// Counters sums the counters of all CPUs, and adds the splice guard's.
 func (s *Set) Counters() (Counters, error) {
 	var perCPU []bpf.DatapathCounters
 	if err := s.maps[bpf.DatapathMapSkipstackCount].Lookup(uint32(0), &perCPU); err != nil {
@@ -47,7 +50,9 @@ func (s *Set) Counters() (Counters, error) {
 			c.Events[label] += cpu.Event[i]
 		}
 	}
-	return c, nil
+	var err error
+	c.Events[EventSpliceRefused], err = s.spliceRefused()
+	return c, err
 }
 
 // LabelRedirected is the label of messages that skipped the stack. All others

@@ -143,6 +143,7 @@ type Set struct {
 
 	guard     Guard // of a private set
 	guardLink link.Link
+	refused   *ebpf.Map // what the guard has counted; nil: none was attached yet
 }
 
 // Close releases the descriptors. A private set is gone with it, and so are
@@ -155,6 +156,7 @@ func (s *Set) Close() error {
 	if s.guardLink != nil {
 		errs = append(errs, s.guardLink.Close())
 	}
+	errs = append(errs, s.refused.Close())
 	for _, m := range s.maps {
 		errs = append(errs, m.Close())
 	}

@@ -40,8 +40,22 @@ var ErrGuard = errors.New("the splice guard cannot be attached")
 // no more than milliseconds.
 const guardWait = 5 * time.Second
 
-// loadGuard loads the guard's program for the sockets of one sockhash.
-func loadGuard(form Guard, socks *ebpf.Map) (*ebpf.Program, error) {
+// A guardProgram is a form of the guard and its count of refused calls.
+type guardProgram struct {
+	*ebpf.Program
+	refused *ebpf.Map
+}
+
+func (p *guardProgram) Close() {
+	if p != nil {
+		p.Program.Close()
+		p.refused.Close()
+	}
+}
+
+// loadGuard loads the guard's program for the sockets of one sockhash. It goes on
+// counting in refused, unless that is nil.
+func loadGuard(form Guard, socks, refused *ebpf.Map) (*guardProgram, error) {
 	name, ok := map[Guard]string{GuardLSM: bpf.GuardProgGuardLsm, GuardFmodRet: bpf.GuardProgGuardFmodRet}[form]
 	if !ok {
 		return nil, fmt.Errorf("%w: no form %q", ErrGuard, form)
@@ -52,14 +66,16 @@ func loadGuard(form Guard, socks *ebpf.Map) (*ebpf.Program, error) {
 	}
 	spec.Programs = map[string]*ebpf.ProgramSpec{name: spec.Programs[name]}
 	spec.Maps[bpf.GuardMapSocks].MaxEntries = socks.MaxEntries()
-	coll, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{
-		MapReplacements: map[string]*ebpf.Map{bpf.GuardMapSocks: socks},
-	})
+	maps := map[string]*ebpf.Map{bpf.GuardMapSocks: socks}
+	if refused != nil {
+		maps[bpf.GuardMapSkipstackGuard] = refused
+	}
+	coll, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: maps})
 	if err != nil {
 		return nil, fmt.Errorf("%w: load its %s program: %w", ErrGuard, form, err)
 	}
 	defer coll.Close()
-	return coll.DetachProgram(name), nil
+	return &guardProgram{coll.DetachProgram(name), coll.DetachMap(bpf.GuardMapSkipstackGuard)}, nil
 }
 
 // A program whose link was unpinned a moment ago is still attached: bpffs lets go
@@ -94,13 +110,16 @@ func (s *Set) setPrivateGuard(form Guard) error {
 	}
 	var fresh link.Link
 	if form != NoGuard {
-		prog, err := loadGuard(form, s.maps[bpf.DatapathMapSocks])
+		prog, err := loadGuard(form, s.maps[bpf.DatapathMapSocks], s.refused)
 		if err != nil {
 			return err
 		}
 		defer prog.Close() // the link holds it
-		if fresh, err = attachGuard(form, prog); err != nil {
+		if fresh, err = attachGuard(form, prog.Program); err != nil {
 			return err
+		}
+		if s.refused == nil {
+			s.refused, prog.refused = prog.refused, nil
 		}
 	}
 	if s.guardLink != nil {
@@ -116,6 +135,7 @@ func (s *Set) setPrivateGuard(form Guard) error {
 //
 //	guard/lsm or guard/fmod_ret   the program, in the form that is wanted; none: no guard
 //	guard/link                    exists while the guard is attached
+//	guard/refused                 the number of calls refused; stays when the form goes
 //
 // While a form is wanted, the bit RiskSplice of control.risks says that the guard is
 // not attached, so no socket can be enrolled unguarded. The layout directory's lock
@@ -149,11 +169,14 @@ func (g guardPins) wanted() Guard {
 
 // want pins the program of a form, which may be nil if it is pinned already, and
 // unpins those of the others.
-func (g guardPins) want(form Guard, prog *ebpf.Program) error {
+func (g guardPins) want(form Guard, prog *guardProgram) error {
 	if err := os.Mkdir(filepath.Join(g.dir, "guard"), 0o700); err != nil && !errors.Is(err, os.ErrExist) {
 		return fmt.Errorf("pin the splice guard: %w", err)
 	}
 	if prog != nil {
+		if err := pinOver(g.path("refused"), prog.refused.Pin); err != nil {
+			return fmt.Errorf("pin the splice guard's counter: %w", err)
+		}
 		if err := pinOver(g.path(string(form)), prog.Pin); err != nil {
 			return fmt.Errorf("pin the splice guard: %w", err)
 		}
@@ -180,6 +203,46 @@ func pinOver(path string, pin func(string) error) error {
 		return err
 	}
 	return os.Rename(fresh, path)
+}
+
+// load loads a form, which goes on counting where the one before stopped.
+func (g guardPins) load(form Guard) (*guardProgram, error) {
+	refused, err := g.refused()
+	if err != nil {
+		return nil, err
+	}
+	defer refused.Close()
+	return loadGuard(form, g.socks, refused)
+}
+
+// refused opens the count of refused calls. It is nil where no guard was ever wanted.
+func (g guardPins) refused() (*ebpf.Map, error) {
+	m, err := ebpf.LoadPinnedMap(g.path("refused"), nil)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("open the splice guard's counter: %w", err)
+	}
+	return m, nil
+}
+
+// spliceRefused is how many calls the guard has refused since the set was loaded.
+func (s *Set) spliceRefused() (n uint64, err error) {
+	m := s.refused
+	if s.dir != "" {
+		if m, err = s.guardPins().refused(); err != nil {
+			return 0, err
+		}
+		defer m.Close()
+	}
+	if m == nil {
+		return 0, nil
+	}
+	if err := m.Lookup(uint32(0), &n); err != nil {
+		return 0, fmt.Errorf("read the splice guard's counter: %w", err)
+	}
+	return n, nil
 }
 
 // attached returns the program that the pinned link runs, 0 if there is none.
@@ -335,7 +398,7 @@ func (s *Set) renewGuard() {
 	if form == NoGuard {
 		return
 	}
-	prog, err := loadGuard(form, g.socks)
+	prog, err := g.load(form)
 	if err != nil {
 		return
 	}

@@ -201,6 +201,15 @@ func (s *guardSite) wantGuard(when string, attached bool) {
 	}
 }
 
+// wantRefused checks how many calls have been refused.
+func (s *guardSite) wantRefused(when string, n uint64) {
+	s.t.Helper()
+	c, err := s.Counters()
+	if err != nil || c.Events[EventSpliceRefused] != n {
+		s.t.Errorf("%s: %d calls refused, %v; want %d", when, c.Events[EventSpliceRefused], err, n)
+	}
+}
+
 // eventually waits until the condition holds.
 func (s *guardSite) eventually(what string, holds func() bool) {
 	s.t.Helper()
@@ -234,10 +243,12 @@ func TestGuardComesAndGoes(t *testing.T) {
 			s.t.Errorf("before the first pod: %+v, %v", n, err)
 		}
 		s.wantGuard("before the first pod", false)
+		s.wantRefused("before the first pod", 0)
 		s.attachPod()
 		s.wantGuard("with a pod", true)
 		p := startSplicer(s.t, s.cgroup)
 		p.want("with a pod", unix.EINVAL)
+		s.wantRefused("with a pod", 1)
 		s.check(DropPod(s.bpffs, s.id))
 		s.check(Sweep(s.bpffs, 0))
 		s.wantGuard("the pod is gone, its socket lives", true)
@@ -248,6 +259,7 @@ func TestGuardComesAndGoes(t *testing.T) {
 		if n, err := s.Node(); err != nil || n != s.node() {
 			s.t.Errorf("all is gone: %+v, %v", n, err)
 		}
+		s.wantRefused("all is gone", 2)
 
 		s.attachPod()
 		s.wantGuard("the next pod", true)
@@ -320,6 +332,7 @@ func TestGuardIsUpgraded(t *testing.T) {
 		p := startSplicer(s.t, s.cgroup)
 		old, err := s.guardPins().attached()
 		s.check(err)
+		p.want("with a pod", unix.EINVAL)
 		ctl, err := s.control()
 		s.check(err)
 		ctl.Build = [16]byte{1}
@@ -338,7 +351,8 @@ func TestGuardIsUpgraded(t *testing.T) {
 		})
 		s.wantGuard("upgraded", true)
 		p.want("upgraded", unix.EINVAL)
-		want := []string{string(s.form), "link"}
+		s.wantRefused("upgraded", 2)
+		want := []string{string(s.form), "link", "refused"}
 		slices.Sort(want)
 		entries, err := os.ReadDir(s.guardPins().path(""))
 		s.check(err)

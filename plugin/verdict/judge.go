@@ -244,6 +244,10 @@ const noGuard = "splice(2) from an accelerated connection does not see redirecte
 // bytes, and if not, which form of the guard makes it say so.
 func (p *prober) splice(ctx context.Context) error {
 	forms := append([]datapath.Guard{datapath.NoGuard}, datapath.Guards()...)
+	unguarded, err := readTime()
+	if err != nil {
+		return err
+	}
 	guard, result, why, err := chooseGuard(forms, func(form datapath.Guard) (Result, string, error) {
 		p.node.Guard = form
 		err := p.set.SetNode(p.node)
@@ -260,6 +264,14 @@ func (p *prober) splice(ctx context.Context) error {
 	}
 	if result == OK {
 		p.v.Guard = guard
+		if guard != datapath.NoGuard {
+			guarded, err := readTime()
+			if err != nil {
+				return err
+			}
+			why += fmt.Sprintf("; every read(2) and write(2) of the node passes the guard: of one byte, %d ns with it, %d ns without",
+				guarded.Nanoseconds(), unguarded.Nanoseconds())
+		}
 		p.v.set(ProbeSplice, OK, why)
 		return nil
 	}

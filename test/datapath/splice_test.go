@@ -126,8 +126,15 @@ func spliceIsRefused(t *testing.T, l *lab, client, server, plain *pod, guard dat
 			for _, way := range [][2]*traffic.Conn{{a, b}, {b, a}} {
 				_, w := pipe(t)
 				must(way[0].Write(msg))(t)
+				before, refusals := l.counters(), uint64(0)
+				if guard != datapath.NoGuard {
+					refusals = 1
+				}
 				if n, err := m.move(t, way[1].FD, w, len(msg)); n > 0 || err != want {
 					t.Errorf("%d, %v; want %v", n, err, want)
+				}
+				if n := l.counters().Since(before).Events[datapath.EventSpliceRefused]; n != refusals {
+					t.Errorf("%d refusals counted, want %d", n, refusals)
 				}
 				wantBytes(t, way[1], msg)
 			}

@@ -79,6 +79,9 @@ func statusText(r plugin.Report) string {
 		}
 		line("Passed", "%s", cmp.Or(reasons(by), "nothing"))
 		line("Handshakes", "%s", cmp.Or(reasons(t.Counters.Connections), "none"))
+		if refused := t.Events[datapath.EventSpliceRefused]; refused > 0 || r.Loaded.Guard != datapath.NoGuard {
+			line("Splices", "%d refused", refused)
+		}
 	}
 	for _, s := range r.Elsewhere {
 		line("Elsewhere", "%s", s)

@@ -78,10 +78,11 @@ var (
 	passedBytes        = desc("passed_bytes_total", "Bytes of sockets in the sockhash that went by TCP, by reason.", "reason")
 	handshakes         = desc("handshakes_total", "Handshakes of attached pods' connections, by what became of them.", "outcome")
 	events             = map[string]*prometheus.Desc{
-		"syn_recorded":      desc("syns_recorded_total", "SYNs that listeners of attached pods have answered."),
-		"peer_gone_timeout": desc("peer_gone_timeouts_total", "Senders that were kept from waiting for a reader that is gone."),
-		"funneled":          desc("funneled_segments_total", "Segments that came by TCP and were moved to the queue of redirected bytes."),
-		"trimmed_bytes":     desc("trimmed_bytes_total", "Bytes of retransmissions that were cut off as they had been moved before."),
+		"syn_recorded":              desc("syns_recorded_total", "SYNs that listeners of attached pods have answered."),
+		"peer_gone_timeout":         desc("peer_gone_timeouts_total", "Senders that were kept from waiting for a reader that is gone."),
+		"funneled":                  desc("funneled_segments_total", "Segments that came by TCP and were moved to the queue of redirected bytes."),
+		datapath.EventSpliceRefused: desc("splices_refused_total", "Calls of splice(2) and sendfile(2) from accelerated sockets that the splice guard refused."),
+		"trimmed_bytes":             desc("trimmed_bytes_total", "Bytes of retransmissions that were cut off as they had been moved before."),
 	}
 
 	podConnections        = desc("pod_connections", "Live connections of the pod that are accelerated.", "namespace", "pod")

@@ -36,7 +36,7 @@ func full() plugin.Report {
 	for _, l := range bpf.ConnectionLabels {
 		r.Totals.Counters.Connections[l] = 4
 	}
-	for _, l := range bpf.EventLabels {
+	for _, l := range eventLabels {
 		r.Totals.Events[l] = 5
 	}
 	for i, name := range []string{"a", "b", "c"} {
@@ -45,6 +45,9 @@ func full() plugin.Report {
 	}
 	return r
 }
+
+// eventLabels are those of the datapath and of the splice guard.
+var eventLabels = append(bpf.EventLabels[:], datapath.EventSpliceRefused)
 
 func registry(t *testing.T, o Options) *prometheus.Registry {
 	t.Helper()
@@ -115,7 +118,7 @@ skipstack_trimmed_bytes_total 5
 	if err != nil {
 		t.Error(err)
 	}
-	for _, l := range bpf.EventLabels {
+	for _, l := range eventLabels {
 		if events[l] == nil {
 			t.Errorf("event %s has no metric", l)
 		}
