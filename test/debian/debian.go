@@ -23,9 +23,19 @@ var suites = []string{"bullseye", "bookworm", "trixie", "trixie-backports", "sid
 // APT is a private apt: its sources, lists and downloads are below Dir, and the
 // machine's own are not touched.
 type APT struct {
-	Dir     string
-	Logf    func(format string, args ...any) // progress; nil: none
-	updated bool
+	Dir  string
+	Logf func(format string, args ...any) // progress; nil: none
+	// OwnRelease keeps it to the machine's own release, whose lists are soon read.
+	OwnRelease bool
+	updated    bool
+}
+
+// sources is the file of the sources that packages are taken from.
+func (a *APT) sources() string {
+	if a.OwnRelease {
+		return "own.list"
+	}
+	return "all.list"
 }
 
 func (a *APT) logf(format string, args ...any) {
@@ -153,7 +163,7 @@ func (a *APT) Update(ctx context.Context) error {
 	}
 	a.logf("reading package lists")
 	// A suite that is not served any more matters only if a package is missed.
-	if _, err := a.run(ctx, "", "all.list", "apt-get", "update"); err != nil {
+	if _, err := a.run(ctx, "", a.sources(), "apt-get", "update"); err != nil {
 		a.logf("%v", err)
 	}
 	a.updated = true
@@ -198,7 +208,7 @@ func (a *APT) Unpack(ctx context.Context, dir string, packages []string) error {
 		}
 	}
 	a.logf("downloading %s", strings.Join(packages, " "))
-	if _, err := a.run(ctx, debs, "all.list", "apt-get", append([]string{"download"}, packages...)...); err != nil {
+	if _, err := a.run(ctx, debs, a.sources(), "apt-get", append([]string{"download"}, packages...)...); err != nil {
 		return err
 	}
 	files, err := filepath.Glob(filepath.Join(debs, "*.deb"))
@@ -218,7 +228,7 @@ func (a *APT) Unpack(ctx context.Context, dir string, packages []string) error {
 
 // Search lists the packages whose name matches.
 func (a *APT) Search(ctx context.Context, pattern string) ([]string, error) {
-	out, err := a.run(ctx, "", "all.list", "apt-cache", "search", "--names-only", pattern)
+	out, err := a.run(ctx, "", a.sources(), "apt-cache", "search", "--names-only", pattern)
 	if err != nil {
 		return nil, err
 	}
@@ -241,7 +251,7 @@ func (a *APT) Newest(ctx context.Context, pattern string) (Candidate, error) {
 	if err != nil {
 		return Candidate{}, err
 	}
-	out, err := a.run(ctx, "", "all.list", "apt-cache", append([]string{"madison"}, names...)...)
+	out, err := a.run(ctx, "", a.sources(), "apt-cache", append([]string{"madison"}, names...)...)
 	if err != nil {
 		return Candidate{}, err
 	}
@@ -264,7 +274,7 @@ func (a *APT) Versions(ctx context.Context, name string) ([]string, error) {
 	if err := a.Update(ctx); err != nil {
 		return nil, err
 	}
-	out, err := a.run(ctx, "", "all.list", "apt-cache", "madison", name)
+	out, err := a.run(ctx, "", a.sources(), "apt-cache", "madison", name)
 	if err != nil {
 		return nil, err
 	}

@@ -73,7 +73,7 @@ func (p *program) prepare(ctx context.Context) (clean func(), err error) {
 	if err := os.MkdirAll(p.cache, 0o755); err != nil {
 		return nil, err
 	}
-	apt := &debian.APT{Dir: filepath.Join(p.cache, "apt"), Logf: func(format string, args ...any) {
+	apt := &debian.APT{Dir: filepath.Join(p.cache, "apt"), OwnRelease: true, Logf: func(format string, args ...any) {
 		fmt.Fprintf(os.Stderr, "loadtools: "+format+"\n", args...)
 	}}
 	missing, err := apt.Missing(ctx, false, packages...)

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -12,71 +11,44 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+
+	"github.com/skipstack/skipstack/test/debian"
 )
 
-// unpack downloads what the machine lacks of the Debian packages and of what they
-// depend on, and unpacks it below dir/root. The machine's own packages stay as
-// they are, and no script of a package runs.
+// unpack downloads the Debian packages and what they depend on and the machine lacks,
+// and unpacks them below dir/root. The machine's own packages stay as they are, and no
+// script of a package runs.
 func unpack(ctx context.Context, dir string, packages []string, log io.Writer) error {
-	slices.Sort(packages)
-	packages = slices.Compact(packages)
 	done := filepath.Join(dir, "packages")
 	had, err := os.ReadFile(done)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
 	have := strings.Fields(string(had))
-	missing := slices.DeleteFunc(packages, func(p string) bool { return slices.Contains(have, p) })
-	if len(missing) == 0 {
+	want := slices.Compact(slices.Sorted(slices.Values(slices.Concat(have, packages))))
+	if len(want) == len(have) {
 		return nil
 	}
 	if _, err := exec.LookPath("apt-get"); err != nil {
-		return fmt.Errorf("this needs the Debian packages %s, and there is no apt-get here to get them; choose other cases with -run", strings.Join(missing, " "))
+		return fmt.Errorf("this needs the Debian packages %s, and there is no apt-get here to get them; choose other cases with -run", strings.Join(want, " "))
 	}
-	fmt.Fprintln(log, "software: getting", strings.Join(missing, " "))
-	archives, root := filepath.Join(dir, "archives"), filepath.Join(dir, "root")
-	for _, d := range []string{filepath.Join(archives, "partial"), root} {
-		if err := os.MkdirAll(d, 0o755); err != nil {
-			return err
-		}
-	}
-	archives, err = filepath.Abs(archives)
+	apt := &debian.APT{Dir: filepath.Join(dir, "apt"), OwnRelease: true, Logf: func(format string, args ...any) {
+		fmt.Fprintf(log, "software: "+format+"\n", args...)
+	}}
+	all, err := apt.Missing(ctx, false, want...)
 	if err != nil {
 		return err
 	}
-	defer os.RemoveAll(archives)
-	install := append([]string{"apt-get", "-qq", "install", "-y", "--download-only", "--no-install-recommends",
-		// The directory is ours alone; no other apt need be waited for.
-		"-o", "Debug::NoLocking=1",
-		"-o", "Dir::Cache::archives=" + archives,
-		"-o", "APT::Sandbox::User=root",
-		"-o", "Acquire::Retries=3"}, missing...)
-	if err := command(ctx, install...); err != nil {
-		// The lists are missing or old.
-		if err := command(ctx, "apt-get", "-qq", "update"); err != nil {
-			return err
-		}
-		if err := command(ctx, install...); err != nil {
-			return err
-		}
-	}
-	debs, err := filepath.Glob(filepath.Join(archives, "*.deb"))
-	if err != nil {
+	// The program loader and the C library belong together.
+	all = slices.DeleteFunc(all, func(p string) bool { return strings.HasPrefix(p, "libc6=") })
+	root := filepath.Join(dir, "root")
+	if err := errors.Join(os.RemoveAll(done), apt.Unpack(ctx, root, all)); err != nil {
 		return err
-	}
-	for _, deb := range debs {
-		// The program loader and the C library belong together.
-		if strings.HasPrefix(filepath.Base(deb), "libc6_") {
-			continue
-		}
-		if err := command(ctx, "dpkg", "-x", deb, root); err != nil {
-			return err
-		}
 	}
 	if err := relink(root); err != nil {
 		return err
 	}
-	return os.WriteFile(done, []byte(strings.Join(append(have, missing...), "\n")+"\n"), 0o644)
+	return os.WriteFile(done, []byte(strings.Join(want, "\n")+"\n"), 0o644)
 }
 
 // relink makes absolute links to what was unpacked relative: the tree is moved
@@ -101,17 +73,6 @@ func relink(root string) error {
 		}
 		return os.Symlink(to, path)
 	})
-}
-
-func command(ctx context.Context, args ...string) error {
-	var out bytes.Buffer
-	cmd := exec.CommandContext(ctx, args[0], args[1:]...)
-	cmd.Env = append(os.Environ(), "DEBIAN_FRONTEND=noninteractive")
-	cmd.Stdout, cmd.Stderr = &out, &out
-	if err := cmd.Run(); err != nil {
-		return fmt.Errorf("%s: %w: %s", strings.Join(args, " "), err, bytes.TrimSpace(out.Bytes()))
-	}
-	return nil
 }
 
 // A software is what was unpacked, and the machine's own.
