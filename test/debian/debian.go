@@ -23,7 +23,7 @@ var suites = []string{"bullseye", "bookworm", "trixie", "trixie-backports", "sid
 // APT is a private apt: its sources, lists and downloads are below Dir, and the
 // machine's own are not touched.
 type APT struct {
-	Dir  string
+	Dir  string                           // absolute
 	Logf func(format string, args ...any) // progress; nil: none
 	// OwnRelease keeps it to the machine's own release, whose lists are soon read.
 	OwnRelease bool

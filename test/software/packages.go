@@ -32,6 +32,9 @@ func unpack(ctx context.Context, dir string, packages []string, log io.Writer) e
 	if _, err := exec.LookPath("apt-get"); err != nil {
 		return fmt.Errorf("this needs the Debian packages %s, and there is no apt-get here to get them; choose other cases with -run", strings.Join(want, " "))
 	}
+	if dir, err = filepath.Abs(dir); err != nil {
+		return err
+	}
 	apt := &debian.APT{Dir: filepath.Join(dir, "apt"), OwnRelease: true, Logf: func(format string, args ...any) {
 		fmt.Fprintf(log, "software: "+format+"\n", args...)
 	}}
