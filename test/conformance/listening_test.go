@@ -64,14 +64,14 @@ var listening = []behaviour{
 		l := c.listen(socketOptions{})
 		near := c.dial(l, socketOptions{})
 		c.acceptable(l)
-		unix.Close(l.FD)
+		closeFD(l.FD)
 		near.await(unix.POLLERR | unix.POLLRDHUP)
 		c.note("%s", near.recv(1, 0))
 	}},
 	{name: "listener closes after accept", once: true, notSwitched: true, does: "accepted connections go on", run: func(c *trial) {
 		l := c.listen(socketOptions{})
 		near, far := c.connect(l, socketOptions{})
-		unix.Close(l.FD)
+		closeFD(l.FD)
 		near.warm()
 		far.warm()
 		c.note("goes on")
@@ -171,7 +171,7 @@ var listening = []behaviour{
 		far.close()
 		near.await(unix.POLLRDHUP)
 		near.close()
-		unix.Close(l.FD)
+		closeFD(l.FD)
 		fd, err := c.rig.server.host.Socket(unix.AF_INET, unix.SOCK_STREAM, 0)
 		c.check(err)
 		defer unix.Close(fd)
@@ -185,11 +185,15 @@ var listening = []behaviour{
 		}
 	}},
 	{name: "connection refused", once: true, notSwitched: true, notEnrolled: "no connection is made", does: "connect to a port on which nobody listens", quiet: true, run: func(c *trial) {
-		l := c.listen(socketOptions{})
-		unix.Close(l.FD)
+		// Bound, so that nobody else can listen there meanwhile.
+		silent := c.socket(c.rig.server, socketOptions{})
+		defer unix.Close(silent)
+		c.check(unix.Bind(silent, sockaddr(netip.AddrPortFrom(c.rig.server.addr(), 0))))
+		name, err := unix.Getsockname(silent)
+		c.check(err)
 		fd := c.socket(c.rig.client, socketOptions{blocking: true})
 		defer unix.Close(fd)
-		c.note("%s", errName(unix.Connect(fd, sockaddr(l.Addr))))
+		c.note("%s", errName(unix.Connect(fd, name)))
 	}},
 	{name: "TCP_DEFER_ACCEPT", once: true, notSwitched: true, notEnrolled: "the client sends before the server is connected", quiet: true,
 		does: "the server accepts when the first bytes are there", run: func(c *trial) {

@@ -9,6 +9,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -233,8 +234,16 @@ func (c *trial) pod(e *end) *pod {
 func (e *end) close() {
 	if !e.closed {
 		e.closed = true
-		unix.Close(e.fd)
+		closeFD(e.fd)
 	}
+}
+
+// closeFD closes a descriptor while no process is being started: until it executes its
+// program, such a process has all of this one's, and a socket would stay open.
+func closeFD(fd int) {
+	syscall.ForkLock.RLock()
+	defer syscall.ForkLock.RUnlock()
+	unix.Close(fd)
 }
 
 // period and pattern make the streams: position modulo period.
