@@ -68,6 +68,20 @@ func (s *site) doctor(args ...string) (examination, outcome) {
 	return parse(s.t, got), got
 }
 
+// calmDoctor is doctor, again where the machine was too busy for a probe to tell.
+func (s *site) calmDoctor(args ...string) (e examination, got outcome) {
+	s.t.Helper()
+	for range probeAttempts {
+		e, got = s.doctor(args...)
+		unclear := slices.ContainsFunc(e.Probes, func(p struct{ Name, Result, Detail string }) bool { return p.Result == "could not tell" })
+		if !unclear {
+			break
+		}
+		s.t.Logf("again: %+v", e.Probes)
+	}
+	return e, got
+}
+
 // code is the exit code that goes with a verdict.
 func (v verdict) code() int {
 	return map[string]int{"safe": 0, "unsupported": 3, "risky": 4}[v.Verdict]
@@ -105,7 +119,7 @@ func TestDoctor(t *testing.T) {
 	v := theVerdict(t)
 	s := newSite(t, options{unprobed: true})
 	before := tree(t, s.BPFFS, s.RunDir, s.ConfDir, s.CgroupRoot)
-	e, got := s.doctor()
+	e, got := s.calmDoctor()
 	if e.Verdict != v.Verdict || !slices.Equal(e.Risks, v.Risks) || got.code != v.code() || e.Inconclusive {
 		t.Errorf("verdict %s %v, exit %d; want %+v", e.Verdict, e.Risks, got.code, v)
 	}
@@ -142,7 +156,7 @@ func TestDoctor(t *testing.T) {
 	if e, _ := s.doctor("--no-cache"); e.Stored || s.verdictFile() != "" {
 		t.Errorf("stored with --no-cache: %v", e.Stored)
 	}
-	if e, _ := s.doctor(); !e.Stored || s.verdictFile() == "" {
+	if e, _ := s.calmDoctor(); !e.Stored || s.verdictFile() == "" {
 		t.Errorf("not stored: %s", e.NotStored)
 	}
 	p := s.light()
@@ -211,7 +225,11 @@ func TestDoctorNeighbours(t *testing.T) {
 			detach := func() {
 				check(t, link.RawDetachProgram(link.RawDetachProgramOptions{Target: int(dir.Fd()), Attach: ebpf.AttachCGroupSockOps, Program: prog}))
 			}
-			e, got := s.doctor()
+			doctor := s.calmDoctor
+			if name == "exclusive" { // no probe can tell
+				doctor = s.doctor
+			}
+			e, got := doctor()
 			found := false
 			for _, o := range e.Others {
 				if o.Program != "neighbour_ops" || o.Cgroup != "/" {

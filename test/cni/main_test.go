@@ -117,14 +117,33 @@ var probed struct {
 	*verdict
 }
 
+// probeAttempts is how often the kernel is probed where a probe could not tell, as on
+// a busy machine.
+const probeAttempts = 10
+
 // theVerdict has the kernel probed, once.
 func theVerdict(t *testing.T) verdict {
 	t.Helper()
 	probed.Lock()
 	defer probed.Unlock()
-	if probed.verdict != nil {
-		return *probed.verdict
+	for attempts := probeAttempts; probed.verdict == nil; attempts-- {
+		v := probe(t)
+		if attempts > 1 && bytes.Contains(v.content, []byte(`"could not tell"`)) {
+			t.Logf("again: %s", v.content)
+			continue
+		}
+		if v.Verdict == "unsupported" {
+			t.Fatalf("these tests need a kernel that is supported: %s", v.content)
+		}
+		t.Logf("the kernel's verdict: %s %v", v.Verdict, v.Risks)
+		probed.verdict = &v
 	}
+	return *probed.verdict
+}
+
+// probe has the kernel probed, by load.
+func probe(t *testing.T) verdict {
+	t.Helper()
 	s := newSite(t, options{unprobed: true})
 	got := s.cli("load", "--json")
 	var out struct {
@@ -135,8 +154,9 @@ func theVerdict(t *testing.T) verdict {
 	if err := json.Unmarshal([]byte(got.stdout), &out); err != nil || out.Verdict.Verdict == "" {
 		t.Fatalf("load --json: %v, %+v", err, got)
 	}
-	if got.code != 0 || out.Was != "nothing" || !out.Open {
-		t.Fatalf("these tests need a kernel that is supported; load said %+v", got)
+	unsupported := out.Verdict.Verdict == "unsupported"
+	if (got.code == 0) == unsupported || out.Was != "nothing" || out.Open == unsupported {
+		t.Fatalf("load said %+v", got)
 	}
 	files := must(filepath.Glob(filepath.Join(s.RunDir, "verdict-*.json")))(t)
 	if len(files) != 1 {
@@ -144,9 +164,7 @@ func theVerdict(t *testing.T) verdict {
 	}
 	out.Verdict.file = filepath.Base(files[0])
 	out.Verdict.content = must(os.ReadFile(files[0]))(t)
-	t.Logf("the kernel's verdict: %s %v", out.Verdict.Verdict, out.Verdict.Risks)
-	probed.verdict = &out.Verdict
-	return *probed.verdict
+	return out.Verdict
 }
 
 // record is an attachment's file as docs and other programs know it.
