@@ -64,6 +64,7 @@ func TestUsageErrors(t *testing.T) {
 		{args: []string{"--max-pairs=4", path}, want: "--max-pairs 4: it is --repeats, here 5, to 1000"},
 		{args: []string{"--repeats=30", "--max-pairs=25", path}, want: "--max-pairs 25: it is --repeats, here 30"},
 		{args: []string{"--length=199ms", path}, want: "a run takes 200ms to 1m0s"},
+		{args: []string{"--congestion-control=warp", path}, want: "\"warp\": this kernel has"},
 		{args: []string{"--reference=tcp", path}, want: "--reference \"tcp\": it is unix"},
 		{args: []string{"--min-speedup=2", path}, want: "--min-speedup is for --check"},
 		{args: []string{"--check", "--min-speedup=-1", path}, want: "a ratio from 0 on"},

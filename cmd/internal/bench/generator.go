@@ -70,7 +70,8 @@ func (t *tally) add(s *socket, askTCP bool) error {
 type generator struct {
 	point       Point
 	nonBlocking bool
-	verify      bool // the verification pass instead of the point's test
+	congestion  string // TCP's congestion control; empty: the default
+	verify      bool   // the verification pass instead of the point's test
 	warmUp      time.Duration
 	length      time.Duration
 	token       []byte        // connections begin with it; in a crr run it is part of the request
@@ -129,6 +130,9 @@ func (g *generator) connect(server endpoint) (*socket, error) {
 	}
 	if g.point.NoDelay {
 		err = s.setNoDelay()
+	}
+	if err == nil {
+		err = s.setCongestionControl(g.congestion)
 	}
 	if err == nil {
 		err = s.connect(server.sockaddr())

@@ -22,7 +22,7 @@ type flags struct {
 	tests, paths, placements, sizes string
 	repeats, maxPairs               int
 	length                          time.Duration
-	sockets, reference              string
+	sockets, reference, congestion  string
 	cniPath, conflist               string
 	files
 	check      bool
@@ -50,6 +50,7 @@ func (f *flags) add(cmd *cobra.Command) {
 	set.IntVar(&f.maxPairs, "max-pairs", defaultMaxPairs, "the most `PAIRS` of a point whose ratio is uncertain, in the set's time")
 	set.DurationVar(&f.length, "length", minLength, "`DURATION` of one run")
 	set.StringVar(&f.sockets, "sockets", blockingSockets, "what the generators use: blocking, or nonblocking with poll(2)")
+	set.StringVar(&f.congestion, "congestion-control", "", "TCP's congestion control of both kinds of run, such as cubic; the node's own if empty: a `NAME`")
 	set.StringVar(&f.reference, "reference", "", "unix: measure each point over an AF_UNIX stream too, which has no network at all")
 	set.StringVar(&f.cniPath, "cni-path", defaultCNIPath, "`DIRECTORY` of the CNI plugins")
 	set.StringVar(&f.conflist, "conflist", "", "make the two pods on this node, by the chain of this `FILE`")
@@ -98,6 +99,11 @@ func (f *flags) options(cmd *cobra.Command) (options, error) {
 	}
 	if f.sockets != blockingSockets && f.sockets != nonBlockingSockets {
 		return o, fmt.Errorf("--sockets %q: it is %s or %s", f.sockets, blockingSockets, nonBlockingSockets)
+	}
+	if f.congestion != "" {
+		if err := checkCongestionControl(f.congestion); err != nil {
+			return o, err
+		}
 	}
 	if f.reference != "" && f.reference != unixReference {
 		return o, fmt.Errorf("--reference %q: it is %s", f.reference, unixReference)

@@ -165,6 +165,7 @@ func parameters(o options) Parameters {
 	return Parameters{
 		Set: o.selection.set, Repeats: o.repeats, MaxPairs: o.maxPairs, WarmUp: 10 * time.Millisecond, Length: o.length,
 		NonBlocking: o.sockets == nonBlockingSockets, Unix: o.reference == unixReference,
+		Congestion: o.congestion,
 	}
 }
 

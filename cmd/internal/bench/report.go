@@ -2,9 +2,12 @@ package bench
 
 import (
 	"bufio"
+	"cmp"
+	"fmt"
 	"os"
 	"runtime"
 	"runtime/debug"
+	"slices"
 	"strings"
 	"time"
 
@@ -13,7 +16,7 @@ import (
 
 func newReport(p Parameters, f Facts) *Report {
 	return &Report{Header: Header{
-		Kernel: kernelRelease(), CPU: cpuModel(), CPUs: runtime.NumCPU(), Congestion: congestionControl(),
+		Kernel: kernelRelease(), CPU: cpuModel(), CPUs: runtime.NumCPU(), Congestion: cmp.Or(p.Congestion, congestionControl()),
 		Versions: Versions{Skipstack: version(), Go: runtime.Version()},
 		Started:  time.Now().UTC().Truncate(time.Second), Parameters: p, Facts: f,
 	}}
@@ -42,6 +45,18 @@ func congestionControl() string {
 		return "unknown"
 	}
 	return strings.TrimSpace(string(name))
+}
+
+// checkCongestionControl finds out if the kernel has that congestion control.
+func checkCongestionControl(name string) error {
+	text, err := os.ReadFile("/proc/sys/net/ipv4/tcp_available_congestion_control")
+	if err != nil {
+		return fmt.Errorf("--congestion-control: %w", err)
+	}
+	if available := strings.Fields(string(text)); !slices.Contains(available, name) {
+		return fmt.Errorf("--congestion-control %q: this kernel has %s", name, strings.Join(available, ", "))
+	}
+	return nil
 }
 
 // cpuModel is the name that /proc/cpuinfo gives; architectures differ in its key.

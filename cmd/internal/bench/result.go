@@ -65,6 +65,8 @@ type Parameters struct {
 	// NonBlocking: the generators use O_NONBLOCK sockets and poll(2), as event
 	// loops do, instead of blocking ones.
 	NonBlocking bool `json:"non_blocking"`
+	// Congestion is the congestion control that was asked for; empty: the node's own.
+	Congestion string `json:"tcp_congestion_control,omitempty"`
 	// Unix: each point is measured over an AF_UNIX stream as well.
 	Unix bool `json:"reference_unix"`
 }

@@ -169,7 +169,7 @@ func (r *runner) runAs(ctx context.Context, p Point, kind runKind) (measured, da
 		return measured{}, none, err
 	}
 	o := order{
-		Point: p, NonBlocking: r.parameters.NonBlocking, Verify: kind.verify, Interrupts: r.interruptsApart,
+		Point: p, NonBlocking: r.parameters.NonBlocking, Congestion: r.parameters.Congestion, Verify: kind.verify, Interrupts: r.interruptsApart,
 		WarmUp: r.parameters.WarmUp, Length: r.parameters.Length,
 	}
 	what, said := p.String(), ""

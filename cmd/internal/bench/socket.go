@@ -45,6 +45,19 @@ func (s *socket) setNoDelay() error {
 	return nil
 }
 
+// setCongestionControl leaves the network namespace's default if name is empty, and
+// does nothing to an AF_UNIX socket. Accepted sockets inherit it from a listener
+// that it was set on (tcp_ca_openreq_child()).
+func (s *socket) setCongestionControl(name string) error {
+	if s.local || name == "" {
+		return nil
+	}
+	if err := unix.SetsockoptString(s.fd, unix.IPPROTO_TCP, unix.TCP_CONGESTION, name); err != nil {
+		return fmt.Errorf("set congestion control %s: %w", name, err)
+	}
+	return nil
+}
+
 // listen binds to an address and returns the port, which the kernel chooses if it is 0.
 func (s *socket) listen(at endpoint) (uint16, error) {
 	sa := at.sockaddr()

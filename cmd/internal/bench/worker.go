@@ -19,6 +19,7 @@ type order struct {
 	Verb        verb          `json:"verb"`
 	Point       Point         `json:"point"`
 	NonBlocking bool          `json:"non_blocking"`
+	Congestion  string        `json:"tcp_congestion_control,omitempty"` // empty: the default
 	Verify      bool          `json:"verify"`
 	WarmUp      time.Duration `json:"warm_up_ns"`
 	Length      time.Duration `json:"length_ns"`
@@ -155,6 +156,9 @@ func (w *worker) listen(o order) (uint16, error) {
 	if o.Point.NoDelay { // accepted sockets inherit it
 		err = s.setNoDelay()
 	}
+	if err == nil {
+		err = s.setCongestionControl(o.Congestion)
+	}
 	var port uint16
 	if err == nil {
 		port, err = s.listen(o.At)
@@ -173,7 +177,7 @@ func (w *worker) start(o order, run func(*generator) error) error {
 	runtime.GC() // it does not run by itself; see workerEnv
 	opened := make(chan window, 1)
 	g := &generator{
-		point: o.Point, nonBlocking: o.NonBlocking, verify: o.Verify, warmUp: o.WarmUp, length: o.Length,
+		point: o.Point, nonBlocking: o.NonBlocking, congestion: o.Congestion, verify: o.Verify, warmUp: o.WarmUp, length: o.Length,
 		token: []byte(o.Token), opened: opened, base: time.Now(),
 	}
 	busy := make(chan error, 1)
