@@ -43,6 +43,10 @@ func Load(ctx context.Context, bpffs string, o LoadOptions) (*Set, error) {
 	if s, err := Open(bpffs); err == nil {
 		return s, nil
 	}
+	// Where nothing can be loaded, nothing is left.
+	if err := CheckKernel(); err != nil {
+		return nil, err
+	}
 	unlock, err := lock(ctx, bpffs)
 	if err != nil {
 		return nil, err

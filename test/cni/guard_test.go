@@ -54,12 +54,17 @@ func (s *site) punctual(name string, list *libcni.NetworkConfigList) (p *pod, lo
 	s.t.Helper()
 	for range 5 {
 		p = s.pod(name, list, node.PodOptions{})
-		if log = s.log.take(); !strings.Contains(log, "not done in time") && !strings.Contains(log, "busy: ") {
+		if log = s.log.take(); !late(log) {
 			break
 		}
 		s.close(p)
 	}
 	return p, log
+}
+
+// late says whether an ADD logged that it has no more time.
+func late(log string) bool {
+	return strings.Contains(log, "not done in time") || strings.Contains(log, "busy: ")
 }
 
 // On a kernel that permits a splice guard, nothing has to be accepted for it: pods

@@ -134,7 +134,7 @@ func explain(err error) error {
 	case errors.Is(err, datapath.ErrInUse):
 		return fmt.Errorf("%w: delete them, or unload with --force, which makes them plain until they are restarted", err)
 	case errors.Is(err, datapath.ErrUnsupported):
-		return fmt.Errorf("%w (`skipstack doctor` says more)", err)
+		return fmt.Errorf("%w; pods stay plain (`skipstack doctor` says more)", err)
 	case errors.Is(err, datapath.ErrNotLoaded):
 		return fmt.Errorf("%w (the first pod loads it, or `skipstack load`; --bpffs says where)", err)
 	}
