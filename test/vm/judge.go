@@ -12,30 +12,32 @@ import (
 	"strings"
 	"time"
 
+	"github.com/skipstack/skipstack/test/report"
 	"github.com/skipstack/skipstack/test/vm/job"
 )
 
 // A judge turns what the virtual machine says into passed and failed tests.
 type judge struct {
-	plan                    plan
-	out                     io.Writer
-	logs                    string
-	verbose                 bool
-	output                  map[int]*bytes.Buffer
-	passed, failed, skipped int
-	problems                []error
-	booted                  string // the kernel's release
-	done                    int    // suites
+	plan    plan
+	out     io.Writer // gets one write for each suite
+	logs    string
+	verbose bool
+	output  map[int]*bytes.Buffer
+	run     report.Run
+	done    int // suites
 }
 
 func newJudge(p plan, out io.Writer, logs string, verbose bool) *judge {
-	return &judge{plan: p, out: out, logs: logs, verbose: verbose, output: map[int]*bytes.Buffer{}}
+	return &judge{
+		plan: p, out: out, logs: logs, verbose: verbose, output: map[int]*bytes.Buffer{},
+		run: report.Run{Kernel: p.kernel, Params: p.params},
+	}
 }
 
 func (j *judge) event(e job.Event) error {
 	switch e.Kind {
 	case job.Booted:
-		j.booted = e.Text
+		j.run.Kernel = e.Text
 		logf("%s is up", e.Text)
 		return nil
 	case job.Done:
@@ -51,7 +53,8 @@ func (j *judge) event(e job.Event) error {
 		j.output[e.Run].WriteString(e.Text)
 		return j.log(j.plan.suites[e.Run], e.Text)
 	}
-	return j.ended(j.plan.suites[e.Run], e)
+	j.ended(j.plan.suites[e.Run], e)
+	return nil
 }
 
 // log keeps what a suite says, as it comes.
@@ -68,69 +71,68 @@ func (j *judge) log(s suite, text string) error {
 	return f.Close()
 }
 
-func (j *judge) ended(s suite, e job.Event) error {
+func (j *judge) ended(s suite, e job.Event) {
 	j.done++
 	output := j.output[e.Run].Bytes()
-	before := j.failed
+	rs := report.Suite{Name: s.name(), Seconds: e.Took.Seconds(), Scaled: s.scaled}
+	var said strings.Builder
 	var err error
 	if s.pkg == "" {
-		err = s.check(string(output))
-		j.count(err)
+		err = s.check(string(output), &j.run)
+		test := report.Test{Name: s.name(), Result: report.Pass}
+		if err != nil {
+			test.Result = report.Fail
+		}
+		rs.Tests = []report.Test{test}
 	} else {
-		err = j.tests(s, output)
+		rs.Tests, err = j.tests(&said, s, output)
 	}
 	if e.TimedOut {
 		err = errors.Join(err, fmt.Errorf("it was stopped after %s", s.timeout))
-	} else if e.Exit != 0 {
-		err = errors.Join(err, fmt.Errorf("exit code %d", e.Exit))
+	} else if e.Exit != s.exit {
+		err = errors.Join(err, fmt.Errorf("exit code %d, want %d", e.Exit, s.exit))
 	}
-	fmt.Fprintf(j.out, "%-5s %s: %s %s\n", word(err), j.booted, s.name(), e.Took.Round(10*time.Millisecond))
-	if s.scaled != "" {
-		fmt.Fprintf(j.out, "      not all of it: %s\n", s.scaled)
+	j.run.Suites = append(j.run.Suites, rs)
+	c := rs.Count()
+	if err != nil && c.Failed+c.Unexpected == 0 {
+		j.problem(fmt.Errorf("%s: %w", s.name(), err))
 	}
+	head := fmt.Sprintf("%-5s %s: %s: %s, %s\n", word(err == nil), j.name(), s.name(), counted(c), e.Took.Round(10*time.Millisecond))
 	if err != nil {
-		j.problems = append(j.problems, fmt.Errorf("%s: %w", s.name(), err))
-		if j.failed == before {
-			j.failed++
-		}
+		head += "      " + strings.ReplaceAll(err.Error(), "\n", "\n      ") + "\n"
 	}
-	return nil
+	fmt.Fprint(j.out, head+said.String())
 }
 
-func (j *judge) count(err error) {
-	if err != nil {
-		j.failed++
-	} else {
-		j.passed++
+// name is the kernel's, with the parameters that make it another.
+func (j *judge) name() string { return strings.TrimSpace(j.run.Kernel + " " + j.run.Params) }
+
+func (j *judge) problem(err error) { j.run.Problems = append(j.run.Problems, err.Error()) }
+
+// close adds what did not happen.
+func (j *judge) close() {
+	for _, s := range j.plan.suites[j.done:] {
+		j.problem(fmt.Errorf("%s did not end", s.name()))
 	}
 }
 
-// close says what went wrong.
-func (j *judge) close() error {
-	if n := len(j.plan.suites) - j.done; n > 0 {
-		j.problems = append(j.problems, fmt.Errorf("%d of %d suites did not end", n, len(j.plan.suites)))
-		j.failed += n
-	}
-	return errors.Join(j.problems...)
-}
+type testEvent struct{ Action, Test, Output, Key, Value string }
 
-type testEvent struct{ Action, Test, Output string }
-
-// tests counts the tests of a binary.
-func (j *judge) tests(s suite, output []byte) error {
+// tests reads what a test binary said.
+func (j *judge) tests(out io.Writer, s suite, output []byte) (tests []report.Test, err error) {
 	cmd := exec.Command("go", "tool", "test2json")
 	cmd.Stdin = bytes.NewReader(output)
 	text, err := cmd.Output()
 	if err != nil {
-		return fmt.Errorf("go tool test2json: %w", err)
+		return nil, fmt.Errorf("go tool test2json: %w", err)
 	}
-	said := map[string]*strings.Builder{}
+	said, attrs := map[string]*strings.Builder{}, map[string][]report.Attr{}
 	var failed, skips []string
 	ran := 0
 	for line := range bytes.Lines(text) {
 		var e testEvent
 		if err := json.Unmarshal(line, &e); err != nil {
-			return fmt.Errorf("go tool test2json said %q: %w", line, err)
+			return nil, fmt.Errorf("go tool test2json said %q: %w", line, err)
 		}
 		if said[e.Test] == nil {
 			said[e.Test] = &strings.Builder{}
@@ -139,43 +141,49 @@ func (j *judge) tests(s suite, output []byte) error {
 		case "output":
 			said[e.Test].WriteString(e.Output)
 			continue
-		case "pass", "fail", "skip":
+		case "attr":
+			attrs[e.Test] = append(attrs[e.Test], report.Attr{Key: e.Key, Value: e.Value})
+			continue
+		case report.Pass, report.Fail, report.Skip:
 		default:
 			continue
 		}
-		switch {
-		case e.Test == "":
-		case e.Action == "pass":
-			j.passed++
-			ran++
-		case e.Action == "fail":
-			j.failed++
-			failed = append(failed, e.Test)
-			fmt.Fprint(j.out, indent(said[e.Test].String()))
-		case e.Action == "skip":
-			j.skipped++
-			why, ok := s.skips[e.Test]
-			if !ok {
-				skips = append(skips, e.Test)
-				why = "UNEXPECTED"
+		if e.Test == "" {
+			if e.Action == report.Fail && len(failed) == 0 {
+				fmt.Fprint(out, indent(said[""].String()))
 			}
-			fmt.Fprintf(j.out, "      skip %s: %s\n%s", e.Test, why, indent(said[e.Test].String()))
+			continue
 		}
-		if j.verbose && e.Action == "pass" {
-			fmt.Fprint(j.out, indent(said[e.Test].String()))
+		test := report.Test{Name: e.Test, Result: e.Action, Attrs: attrs[e.Test]}
+		switch e.Action {
+		case report.Pass:
+			ran++
+			if j.verbose {
+				fmt.Fprint(out, indent(said[e.Test].String()))
+			}
+		case report.Fail:
+			failed = append(failed, e.Test)
+			fmt.Fprint(out, indent(said[e.Test].String()))
+		case report.Skip:
+			var expected bool
+			if test.Reason, expected = s.skips[e.Test]; !expected {
+				skips = append(skips, e.Test)
+				test.Unexpected, test.Reason = true, "unexpected"
+				fmt.Fprint(out, indent(said[e.Test].String()))
+			}
 		}
+		tests = append(tests, test)
 	}
-	switch {
-	case len(failed) > 0:
+	if len(failed) > 0 {
 		err = fmt.Errorf("failed: %s", strings.Join(failed, ", "))
-	case ran == 0:
-		fmt.Fprint(j.out, indent(string(output)))
+	} else if ran == 0 {
+		fmt.Fprint(out, indent(string(output)))
 		err = errors.New("no test ran")
 	}
 	if len(skips) > 0 {
 		err = errors.Join(err, fmt.Errorf("skipped without reason: %s", strings.Join(skips, ", ")))
 	}
-	return err
+	return tests, err
 }
 
 func indent(text string) string {

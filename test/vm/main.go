@@ -3,6 +3,7 @@
 //
 //	go run ./test/vm                 # all kernels
 //	go run ./test/vm -kernel 6.1
+//	go run ./test/vm -set ci         # a part that fits into half an hour
 //
 // It installs what it needs below -cache, which it makes, and nothing else on the
 // machine changes. A virtual machine has no disk and no network. The logs of a
@@ -22,11 +23,14 @@ import (
 	"os/signal"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
 	"github.com/skipstack/skipstack/test/debian"
+	"github.com/skipstack/skipstack/test/report"
 	"github.com/skipstack/skipstack/test/vm/machine"
 )
 
@@ -42,12 +46,16 @@ func logf(format string, args ...any) {
 
 func run(ctx context.Context, args []string, out io.Writer) int {
 	flags := flag.NewFlagSet("vm", flag.ContinueOnError)
+	set := flags.String("set", setFull, "what to run: "+setFull+", or "+setCI+", which takes half an hour on two CPUs")
 	only := flags.String("kernel", "", "comma-separated kernels, such as 6.1; all if empty")
 	tests := flags.String("test", "", "only tests whose name matches this regular expression, as go test -run has it")
 	suites := flags.String("suite", "", "only suites whose name matches this regular expression")
 	cache := flags.String("cache", ".cache/vm", "where kernels and the emulator are kept")
+	results := flags.String("json", os.Getenv(report.Env), "write the results to this file, in the format of package test/report; default $"+report.Env)
 	verbose := flags.Bool("v", false, "print what passing tests say, too")
-	limit := flags.Duration("timeout", 30*time.Minute, "how long one kernel may take")
+	limit := flags.Duration("timeout", time.Hour, "how long one kernel may take")
+	parallel := flags.Int("parallel", 1, "how many virtual machines run at once")
+	cpus := flags.Int("cpus", 2, "CPUs of a virtual machine")
 	if err := flags.Parse(args); err != nil {
 		return 2
 	}
@@ -56,16 +64,16 @@ func run(ctx context.Context, args []string, out io.Writer) int {
 		logf("%v", err)
 		return 2
 	}
-	plans, err := choose(*only, match, *tests)
+	plans, err := choose(*set, *only, match, *tests)
 	if err != nil {
 		logf("%v", err)
 		return 2
 	}
-	if err := os.MkdirAll(filepath.Join(*cache, "logs"), 0o755); err != nil {
+	if err := os.MkdirAll(*cache, 0o755); err != nil {
 		logf("%v", err)
 		return 1
 	}
-	l := &lab{out: out, verbose: *verbose, limit: *limit}
+	l := &lab{out: &lockedWriter{w: out}, verbose: *verbose, limit: *limit, cpus: *cpus}
 	if l.cache, err = filepath.Abs(*cache); err != nil {
 		logf("%v", err)
 		return 1
@@ -74,41 +82,117 @@ func run(ctx context.Context, args []string, out io.Writer) int {
 		logf("%v", err)
 		return 1
 	}
-	var passed, failed, skipped, broken int
-	for _, p := range plans {
-		r, err := l.kernel(ctx, p)
-		passed, failed, skipped = passed+r.passed, failed+r.failed, skipped+r.skipped
-		fmt.Fprintf(out, "%-5s %-36s %d passed, %d failed, %d skipped, %s\n", word(err), r.release, r.passed, r.failed, r.skipped,
-			r.took.Round(time.Second))
-		if err != nil {
-			broken++
-			fmt.Fprintf(out, "      %s\n      again: go run ./test/vm -kernel %s\n",
-				strings.ReplaceAll(err.Error(), "\n", "\n      "), p.kernel)
-		}
-		if ctx.Err() != nil {
-			break
+	runs := l.all(ctx, plans, max(1, *parallel))
+	summarise(out, *set, plans, runs)
+	if *results != "" {
+		if err := report.Write(*results, runs); err != nil {
+			logf("%v", err)
+			return 1
 		}
 	}
-	fmt.Fprintf(out, "%d passed, %d failed, %d skipped\n", passed, failed, skipped)
-	if broken > 0 || ctx.Err() != nil || passed == 0 {
+	c := total(runs)
+	if c.Failed+c.Unexpected > 0 || c.Passed == 0 || ctx.Err() != nil {
 		return 1
 	}
 	return 0
 }
 
-func word(err error) string {
-	if err != nil {
-		return "FAIL"
+// all runs the plans, some at once, and returns what came of each.
+func (l *lab) all(ctx context.Context, plans []plan, parallel int) []report.Run {
+	runs := make([]report.Run, len(plans))
+	var wg sync.WaitGroup
+	room := make(chan struct{}, parallel)
+	for i, p := range plans {
+		room <- struct{}{}
+		wg.Go(func() {
+			defer func() { <-room }()
+			runs[i] = report.Run{Kernel: p.kernel, Params: p.params, Problems: []string{"not begun"}}
+			if ctx.Err() == nil {
+				runs[i] = l.kernel(ctx, p)
+			}
+		})
 	}
-	return "ok"
+	wg.Wait()
+	return runs
+}
+
+func total(runs []report.Run) (c report.Counts) {
+	for _, r := range runs {
+		c = c.Add(r.Count())
+	}
+	return c
+}
+
+// summarise prints a line for each kernel, what was left out or made smaller, and
+// how to run again what failed.
+func summarise(out io.Writer, set string, plans []plan, runs []report.Run) {
+	fmt.Fprintln(out)
+	for i, r := range runs {
+		c := r.Count()
+		fmt.Fprintf(out, "%-5s %-34s %-8s %s\n", word(c.Failed+c.Unexpected == 0), strings.TrimSpace(r.Kernel+" "+r.Params),
+			(time.Duration(r.Seconds) * time.Second), counted(c))
+		if r.Verdict != "" {
+			fmt.Fprintf(out, "      verdict %s%s, splice guard: %s\n", r.Verdict, strings.TrimSuffix(" ("+strings.Join(r.Risks, ", ")+")", " ()"), r.Guard)
+		}
+		for _, problem := range r.Problems {
+			fmt.Fprintf(out, "      %s\n", strings.ReplaceAll(problem, "\n", "\n      "))
+		}
+		if c.Failed+c.Unexpected > 0 {
+			fmt.Fprintf(out, "      again: go run ./test/vm -set %s -kernel %s\n", set, plans[i].kernel)
+		}
+	}
+	var said []string
+	for _, r := range runs {
+		for _, s := range r.Suites {
+			for _, why := range s.Scaled {
+				if line := s.Name + ": " + why; !slices.Contains(said, line) {
+					said = append(said, line)
+				}
+			}
+		}
+	}
+	for _, line := range said {
+		fmt.Fprintln(out, "not all of", line)
+	}
+	fmt.Fprintln(out, counted(total(runs)))
+}
+
+func counted(c report.Counts) string {
+	s := fmt.Sprintf("%d passed, %d failed, %d skipped", c.Passed, c.Failed, c.Skipped)
+	if c.Unexpected > 0 {
+		s += fmt.Sprintf(" (%d unexpectedly)", c.Unexpected)
+	}
+	return s
+}
+
+func word(ok bool) string {
+	if ok {
+		return "ok"
+	}
+	return "FAIL"
+}
+
+// A lockedWriter is for several virtual machines at once.
+type lockedWriter struct {
+	mu sync.Mutex
+	w  io.Writer
+}
+
+func (l *lockedWriter) Write(b []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.w.Write(b)
 }
 
 // A lab has what all kernels need.
 type lab struct {
 	cache   string
+	bin     string // in the cache: what is built
 	out     io.Writer
 	verbose bool
 	limit   time.Duration
+	cpus    int // of a virtual machine
+	fetch   sync.Mutex
 	apt     *debian.APT
 	qemu    *machine.QEMU
 }
@@ -116,6 +200,7 @@ type lab struct {
 func (l *lab) prepare(ctx context.Context, plans []plan) (err error) {
 	ctx, cancel := context.WithTimeout(ctx, 15*time.Minute)
 	defer cancel()
+	l.bin = filepath.Join(l.cache, "bin")
 	l.apt = &debian.APT{Dir: filepath.Join(l.cache, "apt"), Logf: logf}
 	if l.qemu, err = machine.FetchQEMU(ctx, l.cache, l.apt); err != nil {
 		return fmt.Errorf("get an emulator: %w", err)
@@ -125,12 +210,11 @@ func (l *lab) prepare(ctx context.Context, plans []plan) (err error) {
 
 // build builds all programs and test binaries, static.
 func (l *lab) build(ctx context.Context, plans []plan) error {
-	bin := filepath.Join(l.cache, "bin")
-	if err := l.goTool(ctx, "", "build", "-o", filepath.Join(bin, "guest"), "./test/vm/guest"); err != nil {
+	if err := l.goTool(ctx, "", "build", "-o", filepath.Join(l.bin, "guest"), "./test/vm/guest"); err != nil {
 		return err
 	}
 	for _, p := range programs {
-		if err := l.goTool(ctx, p.arch, "build", "-o", filepath.Join(bin, p.name), p.pkg); err != nil {
+		if err := l.goTool(ctx, p.arch, "build", "-o", filepath.Join(l.bin, p.name), p.pkg); err != nil {
 			return err
 		}
 	}
@@ -141,7 +225,7 @@ func (l *lab) build(ctx context.Context, plans []plan) error {
 				continue
 			}
 			done[s.pkg] = true
-			if err := l.goTool(ctx, "", "test", "-c", "-o", filepath.Join(bin, binary(s.pkg)), "./"+s.pkg); err != nil {
+			if err := l.goTool(ctx, "", "test", "-c", "-o", filepath.Join(l.bin, binary(s.pkg)), "./"+s.pkg); err != nil {
 				return err
 			}
 		}
@@ -160,57 +244,54 @@ func (l *lab) goTool(ctx context.Context, arch string, args ...string) error {
 
 func binary(pkg string) string { return strings.ReplaceAll(pkg, "/", "-") + ".test" }
 
-// result is what came of one kernel.
-type result struct {
-	release                 string
-	passed, failed, skipped int
-	took                    time.Duration
+// kernel runs a plan.
+func (l *lab) kernel(ctx context.Context, p plan) report.Run {
+	begin := time.Now()
+	logs := filepath.Join(l.cache, "logs", strings.TrimSpace(p.kernel+" "+p.params))
+	j := newJudge(p, l.out, logs, l.verbose)
+	if err := l.boot(ctx, p, logs, j); err != nil {
+		j.problem(err)
+	}
+	j.close()
+	j.run.Seconds = time.Since(begin).Seconds()
+	if c := j.run.Count(); c.Failed+c.Unexpected > 0 {
+		j.run.Problems = append(j.run.Problems, "logs: "+logs)
+	} else if err := os.RemoveAll(logs); err != nil {
+		j.problem(err)
+	}
+	return j.run
 }
 
-func (l *lab) kernel(ctx context.Context, p plan) (r result, err error) {
-	r.release = p.kernel
-	begin := time.Now()
-	defer func() { r.took = time.Since(begin) }()
+func (l *lab) boot(ctx context.Context, p plan, logs string, j *judge) error {
 	fetch, cancel := context.WithTimeout(ctx, 15*time.Minute)
 	defer cancel()
+	l.fetch.Lock()
 	k, err := machine.FetchKernel(fetch, l.cache, l.apt, p.kernel)
+	l.fetch.Unlock()
 	if err != nil {
-		return r, fmt.Errorf("get the kernel: %w", err)
+		return fmt.Errorf("get the kernel: %w", err)
 	}
-	r.release = k.Release
-
-	logs := filepath.Join(l.cache, "logs", strings.TrimSpace(p.kernel+" "+p.params))
+	j.run.Kernel = k.Release
 	if err := os.RemoveAll(logs); err != nil {
-		return r, err
+		return err
 	}
 	if err := os.MkdirAll(logs, 0o755); err != nil {
-		return r, err
+		return err
 	}
-	defer func() {
-		if err == nil {
-			err = os.RemoveAll(logs)
-		} else {
-			err = fmt.Errorf("%w\nlogs: %s", err, logs)
-		}
-	}()
 	initramfs := filepath.Join(logs, "initramfs")
 	defer os.Remove(initramfs)
 	if err := l.pack(fetch, k, p, initramfs); err != nil {
-		return r, fmt.Errorf("make the initramfs: %w", err)
+		return fmt.Errorf("make the initramfs: %w", err)
 	}
-
 	boot, cancel := context.WithTimeout(ctx, l.limit)
 	defer cancel()
-	judge := newJudge(p, l.out, logs, l.verbose)
 	console := filepath.Join(logs, "console")
 	err = l.qemu.Boot(boot, machine.Options{
-		Kernel: k, Params: p.params, Initramfs: initramfs, Console: console, Memory: 3072,
-	}, judge.event)
-	err = errors.Join(err, judge.close())
-	r.passed, r.failed, r.skipped = judge.passed, judge.failed, judge.skipped
+		Kernel: k, Params: p.params, Initramfs: initramfs, Console: console, Memory: 3072, CPUs: l.cpus,
+	}, j.event)
 	said, readErr := machine.Complaints(console)
 	if len(said) > 0 {
 		err = errors.Join(err, fmt.Errorf("the kernel complained: %s", strings.Join(said, "; ")))
 	}
-	return r, errors.Join(err, readErr)
+	return errors.Join(err, readErr)
 }

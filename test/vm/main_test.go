@@ -1,12 +1,12 @@
 package main
 
 import (
-	"fmt"
 	"strings"
 	"testing"
 
 	"github.com/skipstack/skipstack/plugin/datapath"
 	"github.com/skipstack/skipstack/plugin/verdict"
+	"github.com/skipstack/skipstack/test/report"
 	"github.com/skipstack/skipstack/test/vm/job"
 )
 
@@ -18,29 +18,36 @@ func TestJudge(t *testing.T) {
 		skips  = "=== RUN   TestC\n    c_test.go:1: needs root\n--- SKIP: TestC (0.00s)\n"
 	)
 	tests := suite{pkg: "p", skips: map[string]string{"TestD": "why"}}
+	risky := judged(verdict.Risky, datapath.RiskSplice, datapath.NoGuard)
+	unsupported := judged(verdict.Unsupported, 0, datapath.NoGuard)
 	for name, tc := range map[string]struct {
 		suite  suite
 		output string
 		end    job.Event
-		counts [3]int // passed, failed, skipped
-		want   string // part of the problem, if there is one
+		want   report.Counts
 	}{
-		"passes":          {tests, passes + "PASS\n", job.Event{}, [3]int{1, 0, 0}, ""},
-		"fails":           {tests, passes + fails + "FAIL\n", job.Event{Exit: 1}, [3]int{1, 1, 0}, "failed: TestB"},
-		"skips":           {tests, passes + skips + "PASS\n", job.Event{}, [3]int{1, 1, 1}, "skipped without reason: TestC"},
-		"may skip":        {tests, passes + strings.ReplaceAll(skips, "TestC", "TestD") + "PASS\n", job.Event{}, [3]int{1, 0, 1}, ""},
-		"runs nothing":    {tests, "testing: warning: no tests to run\nPASS\n", job.Event{}, [3]int{0, 1, 0}, "no test ran"},
-		"leaves things":   {tests, passes + "PASS\nleft behind\n", job.Event{Exit: 1}, [3]int{1, 1, 0}, "exit code 1"},
-		"takes too long":  {tests, passes, job.Event{Exit: -1, TimedOut: true}, [3]int{0, 1, 0}, "stopped"},
-		"loads":           {loads, `{"Error":""}`, job.Event{}, [3]int{1, 0, 0}, ""},
-		"does not load":   {loads, `{"Error":"no"}`, job.Event{}, [3]int{0, 1, 0}, "does not load: no"},
-		"is refused":      {refused, `{"Error":"no compare-and-swap","Unsupported":true}`, job.Event{}, [3]int{1, 0, 0}, ""},
-		"loads, too new":  {refused, `{"Error":""}`, job.Event{}, [3]int{0, 1, 0}, "want one clear line"},
-		"refused vaguely": {refused, `{"Error":"EPERM"}`, job.Event{}, [3]int{0, 1, 0}, "want one clear line"},
-		"as expected":     {judged(verdict.Risky, datapath.RiskSplice), `{"Level":"risky","Risks":"splice"}`, job.Event{}, [3]int{1, 0, 0}, ""},
-		"other risks": {judged(verdict.Risky, datapath.RiskSplice), `{"Level":"risky","Risks":"splice, epoll"}`, job.Event{},
-			[3]int{0, 1, 0}, "want risky [splice]"},
-		"safe": {judged(verdict.Risky, datapath.RiskSplice), `{"Level":"safe"}`, job.Event{}, [3]int{0, 1, 0}, "want risky [splice]"},
+		"passes":          {tests, passes + "PASS\n", job.Event{}, report.Counts{Passed: 1}},
+		"fails":           {tests, passes + fails + "FAIL\n", job.Event{Exit: 1}, report.Counts{Passed: 1, Failed: 1}},
+		"skips":           {tests, passes + skips + "PASS\n", job.Event{}, report.Counts{Passed: 1, Skipped: 1, Unexpected: 1}},
+		"may skip":        {tests, passes + strings.ReplaceAll(skips, "TestC", "TestD") + "PASS\n", job.Event{}, report.Counts{Passed: 1, Skipped: 1}},
+		"runs nothing":    {tests, "testing: warning: no tests to run\nPASS\n", job.Event{}, report.Counts{Failed: 1}},
+		"leaves things":   {tests, passes + "PASS\nleft behind\n", job.Event{Exit: 1}, report.Counts{Passed: 1, Failed: 1}},
+		"takes too long":  {tests, passes, job.Event{Exit: -1, TimedOut: true}, report.Counts{Failed: 1}},
+		"loads":           {loads, `{"Error":""}`, job.Event{}, report.Counts{Passed: 1}},
+		"does not load":   {loads, `{"Error":"no"}`, job.Event{}, report.Counts{Failed: 1}},
+		"is refused":      {refused, `{"Error":"no compare-and-swap","Unsupported":true}`, job.Event{}, report.Counts{Passed: 1}},
+		"loads, too new":  {refused, `{"Error":""}`, job.Event{}, report.Counts{Failed: 1}},
+		"refused vaguely": {refused, `{"Error":"EPERM"}`, job.Event{}, report.Counts{Failed: 1}},
+		"as expected":     {risky, `{"verdict":"risky","risks":["splice"]}`, job.Event{Exit: 4}, report.Counts{Passed: 1}},
+		"other risks":     {risky, `{"verdict":"risky","risks":["splice","epoll"]}`, job.Event{Exit: 4}, report.Counts{Failed: 1}},
+		"safe":            {risky, `{"verdict":"safe","risks":[]}`, job.Event{}, report.Counts{Failed: 1}},
+		"other guard":     {risky, `{"verdict":"risky","risks":["splice"],"guard":"lsm"}`, job.Event{Exit: 4}, report.Counts{Failed: 1}},
+		"other exit code": {risky, `{"verdict":"risky","risks":["splice"]}`, job.Event{}, report.Counts{Passed: 1, Failed: 1}},
+		"could not tell":  {risky, `{"verdict":"risky","risks":["splice"],"inconclusive":true}`, job.Event{Exit: 4}, report.Counts{Failed: 1}},
+		"unsupported": {unsupported, `{"verdict":"unsupported","risks":["splice"],"inconclusive":true,
+			"probes":[{"name":"load","result":"not ok","detail":"no compare-and-swap"}]}`, job.Event{Exit: 3}, report.Counts{Passed: 1}},
+		"unsupported, and does not say why": {unsupported, `{"verdict":"unsupported","probes":[{"name":"load","result":"not ok","detail":"EINVAL"}]}`,
+			job.Event{Exit: 3}, report.Counts{Failed: 1}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			var out strings.Builder
@@ -54,17 +61,18 @@ func TestJudge(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			if got := [3]int{j.passed, j.failed, j.skipped}; got != tc.counts {
-				t.Errorf("%v passed, failed and skipped, want %v", got, tc.counts)
+			j.close()
+			if got := j.run.Count(); got != tc.want {
+				t.Errorf("%+v, want %+v:\n%s", got, tc.want, &out)
 			}
-			if err := j.close(); (err != nil) != (tc.want != "") || err != nil && !strings.Contains(fmt.Sprint(err), tc.want) {
-				t.Errorf("%v, want %q", err, tc.want)
+			if bad := tc.want.Failed+tc.want.Unexpected > 0; strings.HasPrefix(out.String(), "FAIL") != bad {
+				t.Errorf("%s", &out)
 			}
 		})
 	}
 	t.Run("silent", func(t *testing.T) {
 		j := newJudge(plan{suites: []suite{tests}}, &strings.Builder{}, t.TempDir(), false)
-		if err := j.close(); err == nil {
+		if j.close(); j.run.Count().Failed != 1 {
 			t.Error("nothing was reported, and that is fine")
 		}
 	})

@@ -1,12 +1,14 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
+	"reflect"
 	"regexp"
 	"strings"
 	"time"
@@ -14,33 +16,42 @@ import (
 	"github.com/skipstack/skipstack/plugin/datapath"
 	"github.com/skipstack/skipstack/plugin/verdict"
 	"github.com/skipstack/skipstack/test/node"
+	"github.com/skipstack/skipstack/test/report"
 	"github.com/skipstack/skipstack/test/vm/job"
 	"github.com/skipstack/skipstack/test/vm/machine"
 )
 
 // A plan is what to do on one kernel.
 type plan struct {
-	kernel string
-	params string // further parameters of the kernel
-	suites []suite
+	kernel  string
+	params  string // further parameters of the kernel
+	modules []string
+	suites  []suite
 }
 
-// A suite is a test binary, or without a package a program of test/vm/guest.
+// A suite is a test binary, or without a package a program.
 type suite struct {
 	pkg     string
-	only    string // tests to run, as -test.run has it; all if empty
-	skip    string // tests not to run, as -test.skip has it
-	scaled  string // why not all tests run
+	only    string   // tests to run, as -test.run has it; all if empty
+	skip    string   // tests not to run, as -test.skip has it
+	scaled  []string // why not all tests run, or not as much of each
+	program string
 	args    []string
 	timeout time.Duration
-	// check judges what a program printed.
-	check func(output string) error
+	exit    int // expected of a program
+	// check judges what a program printed, and may note what it says of the kernel.
+	check func(output string, r *report.Run) error
 	// skips are tests that may be skipped, and why.
 	skips map[string]string
 }
 
-// programs are what tests run on a node: CNI plugins, and a program of another
-// architecture than amd64.
+// Sets of suites.
+const (
+	setFull = "full"
+	setCI   = "ci"
+)
+
+// programs are what tests run on a node: CNI plugins, and a 32-bit program.
 var programs = []struct{ name, pkg, arch string }{
 	{name: "skipstack", pkg: "./cmd/skipstack"},
 	{name: "bridge", pkg: "github.com/containernetworking/plugins/plugins/main/bridge"},
@@ -53,47 +64,90 @@ var programs = []struct{ name, pkg, arch string }{
 // programDir is where the virtual machine has them.
 const programDir = "/programs"
 
-// modules are what a node has loaded, as far as tests use it.
-var modules = []string{
+// network is what every node has loaded.
+var network = []string{
 	"veth", "tun", "bridge", "br_netfilter", "overlay",
 	"nf_tables", "nft_chain_nat", "nft_nat", "nft_masq", "nft_redir", "nft_ct", "nft_reject_inet", "nft_fib_inet", "nft_numgen",
-	"tls", "aesni_intel",
 }
+
+// modules are what tests use besides.
+var modules = append([]string{"tls", "aesni_intel"}, network...)
 
 const (
 	none     = datapath.Risk(0)
 	fionread = datapath.RiskFIONREAD
 )
 
-var plans = []plan{
-	{kernel: "5.10", suites: []suite{refused, judged(verdict.Unsupported, 0)}},
-	{kernel: "6.1", suites: on(verdict.Risky, fionread)},
-	{kernel: "6.12", suites: on(verdict.Safe, none)},
-	{kernel: "6.18", suites: on(verdict.Safe, none)},
-	{kernel: "7", suites: on(verdict.Safe, none)},
-	// A BPF LSM program attaches here, and the kernel never calls it.
-	{kernel: "7", params: "lsm=yama", suites: []suite{guardedBy(datapath.GuardFmodRet)}},
-}
-
-// on is what to do on a supported kernel, of which that verdict is expected.
-func on(level verdict.Level, risks datapath.Risk) []suite {
-	return []suite{
-		loads,
-		judged(level, risks),
-		{pkg: "plugin/datapath", timeout: 20 * time.Minute},
-		{pkg: "plugin/verdict", timeout: 5 * time.Minute,
-			skip: "^(TestJudge|TestHangingProbe|TestEveryProbeHangs)$", scaled: "imitated kernel faults: nothing of them depends on the kernel"},
-		{pkg: "test/datapath", timeout: 25 * time.Minute},
-		{pkg: "test/conformance", timeout: 20 * time.Minute,
-			skip:   "^TestConformance$/^(Streams|Scale)$/^(4_GiB_and_more|10000_connections|connect_and_close,_2000_times)$",
-			scaled: "so many bytes and connections take too long where every instruction is emulated"},
-		{pkg: "test/cni", timeout: 10 * time.Minute,
-			only: "^TestSpliceGuard$", scaled: "what needs a kernel that permits the guard"},
+// plans are what to do on all kernels. Linux 5.15 and 6.6 are not among them: no
+// suite of Debian serves them.
+func plans(set string) []plan {
+	return []plan{
+		{kernel: "5.10", modules: network, suites: []suite{refused, judged(verdict.Unsupported, 0, datapath.NoGuard), {
+			pkg: "test/cni", timeout: 5 * time.Minute, only: "^TestUnsupported$", scaled: []string{"the other tests need a kernel that is supported"},
+		}}},
+		{kernel: "6.1", modules: modules, suites: on(set, verdict.Risky, fionread)},
+		{kernel: "6.12", modules: modules, suites: on(set, verdict.Safe, none)},
+		{kernel: "6.18", modules: modules, suites: on(set, verdict.Safe, none)},
+		{kernel: "7", modules: modules, suites: on(set, verdict.Safe, none)},
+		// A BPF LSM program attaches here, and the kernel never calls it.
+		{kernel: "7", params: "lsm=yama", modules: network, suites: []suite{loads, judged(verdict.Safe, none, datapath.GuardFmodRet)}},
 	}
 }
 
+// on is what to do on a supported kernel, of which that verdict is expected.
+func on(set string, level verdict.Level, risks datapath.Risk) []suite {
+	suites := []suite{
+		loads,
+		judged(level, risks, datapath.GuardLSM),
+		{pkg: "plugin/datapath", timeout: 20 * time.Minute},
+		{pkg: "plugin/verdict", timeout: 10 * time.Minute,
+			skip: "^(TestJudge|TestHangingProbe|TestEveryProbeHangs)$", scaled: []string{"imitated kernel faults: nothing of them depends on the kernel"}},
+		{pkg: "test/datapath", timeout: 40 * time.Minute},
+		{pkg: "test/conformance", timeout: 30 * time.Minute,
+			skip:   "^TestConformance$/^(Streams|Scale)$/^(4_GiB_and_more|10000_connections|connect_and_close,_2000_times)$",
+			scaled: []string{"so many bytes and connections take too long where every instruction is emulated"}},
+		{pkg: "test/cni", timeout: 20 * time.Minute, only: alternatives(
+			"TestSpliceGuard",
+			"TestConflists", "TestChainOfEveryVersion", "TestRoutes", "TestTwoNetworks", // through libcni, with veth and a bridge
+			"TestCRIO", "TestPodUID", // cgroups as systemd and kubelets call them
+			"TestFirstPods", "TestDoctor", "TestReboot", "TestLateDel", "TestCgroupGone", "TestDelUnderTraffic", "TestUnreadLimit",
+		), scaled: []string{"what depends on the kernel; the rest is about files, processes and time limits"}},
+	}
+	if set != setCI {
+		return suites
+	}
+	const slow = ": emulation is slow, and `-set full` has the rest"
+	for i := range suites {
+		s := &suites[i]
+		switch s.pkg {
+		case "plugin/datapath":
+			s.only = alternatives("TestEchoIsRedirected", "TestGuardComesAndGoes", "TestGuardIsRepaired", "TestGuardOutlivesItsSet",
+				"TestConcurrentLoadsPublishOne", "TestAttachIsIdempotentAndSweptWithItsCgroup", "TestUpgradeReplacesProgramsOfAnotherBuild", "TestSwitchNodeReachesSetsWithoutPins")
+			s.scaled = []string{"loading, attaching, upgrading and the guard" + slow}
+		case "plugin/verdict":
+			s.only, s.skip = alternatives("TestRun", "TestMeasureMemory", "TestSweep"), ""
+			s.scaled = []string{"the probes as they are" + slow}
+		case "test/datapath":
+			s.only = alternatives("TestGoProxies", "TestSpliceIsRefused", "TestMemoryLimit", "TestFIONREAD", "TestReset", "TestCloseDelivers", "TestMPTCP",
+				"TestLostSegmentIsNotOvertaken", "TestPartlyOldSegment", "TestSameTupleInTwoPods", "TestClientSendsFirst", "TestSYNCookies") +
+				"|^TestRandomWrites$/^(plain_receive_queue|funnel)$/^(IPv4|DNAT_and_masquerade|loss)$"
+			s.scaled = []string{"integrity on 3 of 10 ways between pods; of the rest what kernels do differently" + slow}
+		case "test/conformance":
+			s.only = "^TestConformance$/^(Streams|Ends_of_connections|Readiness|Flags_of_recv_and_send|Counts_and_state|Zero-copy)$"
+			s.scaled = append(s.scaled, "6 of 14 groups of behaviours"+slow)
+		case "test/cni":
+			s.only = alternatives("TestSpliceGuard", "TestRoutes", "TestCRIO", "TestPodUID", "TestReboot") +
+				"|^TestChainOfEveryVersion$/^1.1.0$|^TestConflists$/^10-(bridge|ptp)[.]conflist$"
+			s.scaled = []string{"the plugin through libcni with a bridge, a veth pair and a Service; cgroups as systemd and kubelets call them; the guard" + slow}
+		}
+	}
+	return suites
+}
+
+func alternatives(names ...string) string { return "^(" + strings.Join(names, "|") + ")$" }
+
 // refused expects that the datapath does not load and one line says why.
-var refused = suite{args: []string{"load"}, timeout: time.Minute, check: func(output string) error {
+var refused = suite{args: []string{"load"}, timeout: time.Minute, check: func(output string, _ *report.Run) error {
 	a, err := loaded(output)
 	if err != nil {
 		return err
@@ -105,7 +159,7 @@ var refused = suite{args: []string{"load"}, timeout: time.Minute, check: func(ou
 }}
 
 // loads expects that the datapath loads.
-var loads = suite{args: []string{"load"}, timeout: time.Minute, check: func(output string) error {
+var loads = suite{args: []string{"load"}, timeout: time.Minute, check: func(output string, _ *report.Run) error {
 	a, err := loaded(output)
 	if err == nil && a.Error != "" {
 		err = fmt.Errorf("the datapath does not load: %s", a.Error)
@@ -120,54 +174,67 @@ func loaded(output string) (a job.Loaded, err error) {
 	return a, nil
 }
 
-// judged expects a verdict.
-func judged(level verdict.Level, risks datapath.Risk) suite {
-	return suite{args: []string{"verdict"}, timeout: 2 * time.Minute, check: func(output string) error {
-		var v job.Verdict
-		if err := json.Unmarshal([]byte(output), &v); err != nil {
-			return fmt.Errorf("it printed %q: %w", output, err)
-		}
-		// Nothing can be told of the risks of a kernel that does not load the programs.
-		if v.Level != string(level) || level != verdict.Unsupported && v.Risks != risks.String() {
-			return fmt.Errorf("want %s [%s], got %+v", level, risks, v)
-		}
-		return nil
-	}}
-}
-
-// guardedBy expects a safe verdict, by that form of the splice guard.
-func guardedBy(guard datapath.Guard) suite {
-	s := judged(verdict.Safe, none)
-	safe := s.check
-	s.check = func(output string) error {
-		if err := safe(output); err != nil {
-			return err
-		}
-		if want := fmt.Sprintf("(guard: %s)", guard); !strings.Contains(output, want) {
-			return fmt.Errorf("want %q, got %s", want, output)
-		}
-		return nil
-	}
-	return s
+// judged expects a verdict of `skipstack doctor`, with the exit code that goes with
+// it, by that form of the splice guard.
+func judged(level verdict.Level, risks datapath.Risk, guard datapath.Guard) suite {
+	exit := map[verdict.Level]int{verdict.Safe: 0, verdict.Unsupported: 3, verdict.Risky: 4}
+	return suite{program: "skipstack", args: []string{"doctor", "--json"}, timeout: 3 * time.Minute, exit: exit[level],
+		check: func(output string, r *report.Run) error {
+			var v struct {
+				Verdict      verdict.Level
+				Risks        []string
+				Guard        datapath.Guard
+				Inconclusive bool
+				Probes       []verdict.Probe
+			}
+			if err := json.Unmarshal([]byte(output), &v); err != nil {
+				return fmt.Errorf("it printed %q: %w", output, err)
+			}
+			r.Verdict, r.Risks, r.Guard = string(v.Verdict), v.Risks, cmp.Or(string(v.Guard), "none")
+			var faults []string
+			for _, p := range v.Probes {
+				if p.Result != verdict.OK {
+					faults = append(faults, fmt.Sprintf("%s: %s: %s", p.Name, p.Result, p.Detail))
+				}
+			}
+			want := v
+			want.Verdict, want.Risks, want.Guard, want.Inconclusive = level, risks.Names(), guard, false
+			if level == verdict.Unsupported {
+				// Nothing can be told of the risks of a kernel that does not load the programs.
+				want.Risks, want.Inconclusive = v.Risks, v.Inconclusive
+				if len(faults) == 0 || !strings.Contains(faults[0], "compare-and-swap") {
+					return fmt.Errorf("the first fault should say what the kernel lacks: %q", faults)
+				}
+			}
+			if !reflect.DeepEqual(v, want) {
+				return fmt.Errorf("want %s %v and guard %q, got %s %v and guard %q, inconclusive %v; %s", want.Verdict, want.Risks, guard,
+					v.Verdict, v.Risks, v.Guard, v.Inconclusive, strings.Join(faults, "; "))
+			}
+			return nil
+		}}
 }
 
 func (s suite) name() string {
 	if s.pkg != "" {
 		return s.pkg
 	}
-	return strings.Join(s.args, " ")
+	return strings.TrimSpace(s.program + " " + strings.Join(s.args, " "))
 }
 
 // choose returns the plans for the kernels, and of those the suites whose name
 // matches. If tests is not empty, they are the tests to run in each suite.
-func choose(only string, match *regexp.Regexp, tests string) ([]plan, error) {
+func choose(set, only string, match *regexp.Regexp, tests string) ([]plan, error) {
+	if set != setFull && set != setCI {
+		return nil, fmt.Errorf("no set %q", set)
+	}
 	var all []plan
-	for _, p := range plans {
-		some := plan{kernel: p.kernel, params: p.params}
+	for _, p := range plans(set) {
+		some := p
+		some.suites = nil
 		for _, s := range p.suites {
 			if match.MatchString(s.name()) {
 				if tests != "" {
-					s.only, s.skip, s.scaled = tests, "", "only "+tests
+					s.only, s.skip, s.scaled = tests, "", []string{"only " + tests}
 				}
 				some.suites = append(some.suites, s)
 			}
@@ -214,21 +281,24 @@ func (l *lab) pack(ctx context.Context, k *machine.Kernel, p plan, path string) 
 		}
 		return a.File(to, 0o755, data)
 	}
-	if err := add(filepath.Join(l.cache, "bin/guest"), "init"); err != nil {
+	if err := add(filepath.Join(l.bin, "guest"), "init"); err != nil {
 		return err
 	}
 	var s job.Script
-	if s.Modules, err = a.Modules(ctx, k, modules); err != nil {
+	if s.Modules, err = a.Modules(ctx, k, p.modules); err != nil {
 		return err
 	}
 	for _, p := range programs {
-		if err := add(filepath.Join(l.cache, "bin", p.name), filepath.Join(programDir, p.name)[1:]); err != nil {
+		if err := add(filepath.Join(l.bin, p.name), filepath.Join(programDir, p.name)[1:]); err != nil {
 			return err
 		}
 	}
 	packed := map[string]bool{}
 	for _, suite := range p.suites {
 		r := job.Run{Name: suite.name(), Timeout: suite.timeout, Args: suite.args, Path: "/init", Dir: "/"}
+		if suite.program != "" {
+			r.Path = filepath.Join(programDir, suite.program)
+		}
 		if suite.pkg != "" {
 			dir := "src/" + suite.pkg
 			file := dir + "/" + binary(suite.pkg)
@@ -244,7 +314,7 @@ func (l *lab) pack(ctx context.Context, k *machine.Kernel, p plan, path string) 
 			r.Timeout += 30 * time.Second // it says itself where it hangs
 			if !packed[suite.pkg] {
 				packed[suite.pkg] = true
-				if err := add(filepath.Join(l.cache, "bin", binary(suite.pkg)), file); err != nil {
+				if err := add(filepath.Join(l.bin, binary(suite.pkg)), file); err != nil {
 					return err
 				}
 				if err := addTree(a, filepath.Join(suite.pkg, "testdata"), dir+"/testdata"); err != nil {

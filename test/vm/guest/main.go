@@ -30,7 +30,7 @@ func main() {
 	if len(os.Args) == 2 && os.Args[1] == "script" {
 		os.Exit(service())
 	}
-	os.Exit(program(os.Args[1:], os.Stdin, os.Stdout))
+	os.Exit(program(os.Args[1:], os.Stdout))
 }
 
 // first never returns: a first process that ends is a kernel panic.

@@ -55,11 +55,3 @@ type Loaded struct {
 	Error       string // why the datapath does not load
 	Unsupported bool   // the error is datapath.ErrUnsupported
 }
-
-// Verdict is what `guest verdict` prints in JSON.
-type Verdict struct {
-	Level  string   // verdict.Level
-	Risks  string   // names
-	Probes []string // each with its result and detail
-	Took   time.Duration
-}

@@ -5,6 +5,7 @@ package machine
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -89,6 +90,7 @@ type Options struct {
 	Initramfs string // file
 	Console   string // file that gets what the kernel says
 	Memory    int    // MiB
+	CPUs      int    // default 2
 	// Disk is the image of a disk, /dev/vda, if there is one. The file stays as it
 	// is: what the machine writes is lost.
 	Disk string
@@ -99,7 +101,7 @@ type Options struct {
 // ctx is done.
 func (q *QEMU) Boot(ctx context.Context, o Options, handle func(job.Event) error) error {
 	args := append(q.args[:len(q.args):len(q.args)],
-		"-M", "pc", "-cpu", "max", "-accel", "tcg,thread=multi", "-smp", "2", "-m", strconv.Itoa(o.Memory),
+		"-M", "pc", "-cpu", "max", "-accel", "tcg,thread=multi", "-smp", strconv.Itoa(cmp.Or(o.CPUs, 2)), "-m", strconv.Itoa(o.Memory),
 		"-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
 		"-serial", "file:"+o.Console,
 		"-chardev", "stdio,id=results,signal=off", "-serial", "chardev:results",
