@@ -56,6 +56,20 @@ func (r *Report) WriteMarkdown(w io.Writer) error {
 	return err
 }
 
+// WriteMarkdownCongestion writes the rates of a report that was made on the same machine
+// with another congestion control.
+func (r *Report) WriteMarkdownCongestion(w io.Writer) error {
+	var b bytes.Buffer
+	fmt.Fprintf(&b, "\n### With congestion control %s\n\nThe same machine and pods, measured on %s: %s of %v for each point.\n",
+		r.Header.Congestion, r.Header.Started.Format(time.DateOnly), r.Header.Parameters.pairs(), r.Header.Parameters.Length)
+	for _, s := range sections(r.Points) {
+		fmt.Fprintf(&b, "\n%s:\n", upperFirst(s.title()))
+		markdownRates(&b, s)
+	}
+	_, err := w.Write(b.Bytes())
+	return err
+}
+
 func markdownRow(w io.Writer, cells ...string) {
 	fmt.Fprintf(w, "| %s |\n", strings.Join(cells, " | "))
 }

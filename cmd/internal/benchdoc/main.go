@@ -22,13 +22,14 @@ func run(args []string, stderr io.Writer) int {
 	flags.SetOutput(stderr)
 	result := flags.String("bench", "", "`FILE` that skipstack bench --json has written")
 	again := flags.String("again", "", "`FILE` of a second run, to compare")
+	congestion := flags.String("congestion", "", "`FILE` of a run with another congestion control")
 	tools := flags.String("tools", "", "`FILE` that test/loadtools -json has written")
 	doc := flags.String("doc", "docs/benchmarks.md", "`FILE` to write the results into")
 	demo := flags.String("demo", "", "`FILE` that make demo has printed, for README.md")
 	if err := flags.Parse(args); err != nil {
 		return 2
 	}
-	err := update(*doc, *result, *again, *tools)
+	err := update(*doc, *result, *again, *congestion, *tools)
 	if err == nil && *demo != "" {
 		err = updateDemo("README.md", *demo)
 	}
@@ -39,8 +40,8 @@ func run(args []string, stderr io.Writer) int {
 	return 0
 }
 
-func update(doc, result, again, tools string) error {
-	var report, second bench.Report
+func update(doc, result, again, congestion, tools string) error {
+	var report, second, other bench.Report
 	if err := read(result, &report); err != nil {
 		return err
 	}
@@ -56,6 +57,17 @@ func update(doc, result, again, tools string) error {
 			return err
 		}
 		writeAgreement(&b, bench.Compare(&report, &second))
+	}
+	if congestion != "" {
+		if err := read(congestion, &other); err != nil {
+			return err
+		}
+		if other.Header.Congestion == report.Header.Congestion {
+			return fmt.Errorf("%s was measured with congestion control %s, too", congestion, other.Header.Congestion)
+		}
+		if err := other.WriteMarkdownCongestion(&b); err != nil {
+			return err
+		}
 	}
 	if tools != "" {
 		var results []toolResult

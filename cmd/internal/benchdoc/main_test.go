@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"encoding/json"
+	"io"
 	"os"
 	"path/filepath"
 	"strings"
@@ -49,8 +50,14 @@ const empty = "before\n<!-- results: written by `make bench-docs` -->\n<!-- end 
 func TestUpdate(t *testing.T) {
 	doc := write(t, "doc.md", empty)
 	tools := []toolResult{{Tool: "iperf3", Version: "iperf3 3.12", Experiment: "stream 64 KiB", Unit: "bytes/s", Plain: []float64{1, 2, 300}, Accelerated: []float64{5, 4, 6}}}
+	paced := report(3.25)
+	paced.Header.Congestion = "bbr"
 	first, second, other := write(t, "a", report(2)), write(t, "b", report(1.5)), write(t, "c", tools)
-	if code := run([]string{"-bench", first, "-again", second, "-tools", other, "-doc", doc}, os.Stderr); code != 0 {
+	congestion := write(t, "d", paced)
+	if code := run([]string{"-bench", first, "-again", second, "-congestion", first, "-doc", doc}, io.Discard); code == 0 {
+		t.Error("the same congestion control was taken for another")
+	}
+	if code := run([]string{"-bench", first, "-again", second, "-congestion", congestion, "-tools", other, "-doc", doc}, os.Stderr); code != 0 {
 		t.Fatalf("exit code %d", code)
 	}
 	text, err := os.ReadFile(doc)
@@ -58,6 +65,7 @@ func TestUpdate(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, want := range []string{
+		"### With congestion control bbr", "| 3.25 ± ",
 		"before\n", "after\n", "### Pod IP, one CPU", "| stream | 64 KiB | 1.00 GB/s | 3.00 GB/s |", "At none of the 3 points.",
 		"0 agree within 15 %", "greatest difference is 25 %", "| iperf3 3.12 | 2 | 5 | 2.50 |", "| skipstack bench | 1e+09 | 3e+09 | 3.00 |",
 		"pair 2: 9.00", "| redirect | 7 | 123 |",
@@ -67,7 +75,7 @@ func TestUpdate(t *testing.T) {
 		}
 	}
 	// The same again changes nothing.
-	if err := update(doc, first, second, other); err != nil {
+	if err := update(doc, first, second, congestion, other); err != nil {
 		t.Fatal(err)
 	}
 	if again, err := os.ReadFile(doc); err != nil || !bytes.Equal(text, again) {
@@ -87,7 +95,7 @@ func TestUpdateRefuses(t *testing.T) {
 		"no runs":      {empty, good, write(t, "d", []toolResult{{Tool: "iperf3", Experiment: "rr 64/64 B"}})},
 	} {
 		doc := write(t, "doc.md", c.doc)
-		if err := update(doc, c.bench, "", c.tools); err == nil {
+		if err := update(doc, c.bench, "", "", c.tools); err == nil {
 			t.Errorf("%s: accepted", name)
 		}
 		if text, err := os.ReadFile(doc); err != nil || string(text) != c.doc {
