@@ -73,20 +73,22 @@ test-software: ## As root: run real software between pods, plain and accelerated
 	$(call say,SOFTWARE,.)
 	$(Q)$(GO) run ./test/software $(REPORTFLAGS) $(SOFTWAREFLAGS)
 
-# What docs/benchmarks.md and the README show. On an idle machine; half an hour. The
-# kernel's default congestion control, which most nodes have, and what another one
-# makes of bulk streams.
+# What docs/benchmarks.md and the README show. On an idle machine; up to an hour and a
+# half, as the full set takes all the pairs that it needs. The kernel's default congestion
+# control, which most nodes have, and what another one makes of bulk streams.
 BENCHCONGESTION ?= cubic
 BENCHFLAGS ?= --full --reference unix
+# The same again, to see how far two runs agree.
+AGAINFLAGS ?= --full --placements same-cpu
 BENCHOTHER ?= $(filter bbr,$(shell cat /proc/sys/net/ipv4/tcp_available_congestion_control))
 .PHONY: bench-docs
 bench-docs: build plugins ## As root: measure, and write docs/benchmarks.md and the README's demo; needs apt
 	$(Q)mkdir -p .cache/bench
 	$(Q)bin/skipstack bench --quick --cni-path bin/cni >.cache/bench/demo.txt
 	$(Q)bin/skipstack bench $(BENCHFLAGS) --congestion-control $(BENCHCONGESTION) --cni-path bin/cni --json .cache/bench/first.json >.cache/bench/first.txt
-	$(Q)bin/skipstack bench --congestion-control $(BENCHCONGESTION) --cni-path bin/cni --json .cache/bench/second.json >.cache/bench/second.txt
+	$(Q)bin/skipstack bench $(AGAINFLAGS) --congestion-control $(BENCHCONGESTION) --cni-path bin/cni --json .cache/bench/second.json >.cache/bench/second.txt
 	$(Q)$(if $(BENCHOTHER),bin/skipstack bench --tests stream --paths pod --congestion-control $(BENCHOTHER) --cni-path bin/cni --json .cache/bench/other.json >.cache/bench/other.txt)
-	$(Q)$(GO) run ./test/loadtools -cache .cache/loadtools -json .cache/bench/loadtools.json
+	$(Q)$(GO) run ./test/loadtools -congestion $(BENCHCONGESTION) -cache .cache/loadtools -json .cache/bench/loadtools.json
 	$(Q)$(GO) run ./cmd/internal/benchdoc -bench .cache/bench/first.json -again .cache/bench/second.json \
 		$(if $(BENCHOTHER),-congestion .cache/bench/other.json) -tools .cache/bench/loadtools.json -demo .cache/bench/demo.txt
 

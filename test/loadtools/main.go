@@ -1,6 +1,7 @@
 // Command loadtools lets iperf3 and sockperf measure two pods, plain and accelerated,
 // so that the figures of `skipstack bench` can be compared with those of tools that
-// readers know.
+// readers know. The bench measures the same in between, so that both have the machine
+// as it is at that time.
 //
 //	go run ./test/loadtools -json .cache/loadtools.json
 //
@@ -38,6 +39,7 @@ func main() {
 
 type program struct {
 	cache, json string
+	congestion  string
 	repeats     int
 }
 
@@ -45,6 +47,7 @@ func (p *program) parse() error {
 	flags := flag.NewFlagSet("loadtools", flag.ContinueOnError)
 	flags.StringVar(&p.cache, "cache", ".cache/loadtools", "`directory` where packages are unpacked")
 	flags.StringVar(&p.json, "json", "", "also write the results to this `file`")
+	flags.StringVar(&p.congestion, "congestion", "", "TCP's congestion control in the pods, a `name`; the machine's own if empty")
 	flags.IntVar(&p.repeats, "repeats", 5, "`pairs` of runs of each experiment")
 	if err := flags.Parse(os.Args[1:]); err != nil {
 		return err
@@ -101,7 +104,7 @@ func (p *program) Run() int {
 }
 
 func (p *program) measure(ctx context.Context) (err error) {
-	pods, err := newPair(ctx, p.root())
+	pods, err := newPair(ctx, p.root(), p.congestion)
 	if err != nil {
 		return err
 	}
@@ -109,9 +112,13 @@ func (p *program) measure(ctx context.Context) (err error) {
 	var results []Result
 	for _, e := range experiments {
 		fmt.Fprintln(os.Stderr, "loadtools:", e.tool, e.name)
-		r := Result{Tool: e.tool, Experiment: e.name, Unit: e.unit}
+		r := Result{Tool: e.tool, Experiment: e.name, Unit: e.unit, MessageBytes: e.messageBytes}
 		if r.Version, err = pods.version(ctx, e.tool); err != nil {
 			return err
+		}
+		own := []Result{r, r}
+		for i, sockets := range []string{"blocking", "nonblocking"} {
+			own[i].Tool, own[i].Version = "bench", "skipstack bench --sockets "+sockets
 		}
 		for i := range p.repeats {
 			kinds := []bool{false, true}
@@ -119,18 +126,21 @@ func (p *program) measure(ctx context.Context) (err error) {
 				slices.Reverse(kinds)
 			}
 			for _, accelerated := range kinds {
-				v, err := pods.run(ctx, e, accelerated)
+				s, err := pods.run(ctx, e, accelerated)
 				if err != nil {
 					return fmt.Errorf("%s %s: %w", e.tool, e.name, err)
 				}
-				if accelerated {
-					r.Accelerated = append(r.Accelerated, v)
-				} else {
-					r.Plain = append(r.Plain, v)
+				r.add(accelerated, s)
+			}
+			for i, sockets := range []string{"blocking", "nonblocking"} {
+				plain, accelerated, err := bench(ctx, e, sockets, p.congestion)
+				if err != nil {
+					return fmt.Errorf("%s: %w", e.name, err)
 				}
+				own[i].Plain, own[i].Accelerated = append(own[i].Plain, plain), append(own[i].Accelerated, accelerated)
 			}
 		}
-		results = append(results, r)
+		results = append(results, own[0], own[1], r)
 	}
 	t := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(t, "tool\texperiment\tunit\tplain\taccelerated")
@@ -149,12 +159,25 @@ func (p *program) measure(ctx context.Context) (err error) {
 
 // A Result is what a tool said of one experiment, run by run.
 type Result struct {
-	Tool        string    `json:"tool"`
-	Version     string    `json:"version"`
-	Experiment  string    `json:"experiment"` // as `skipstack bench` calls the point
-	Unit        string    `json:"unit"`
-	Plain       []float64 `json:"plain"`
-	Accelerated []float64 `json:"accelerated"`
+	Tool         string    `json:"tool"`
+	Version      string    `json:"version"`
+	Experiment   string    `json:"experiment"` // as `skipstack bench` calls the point
+	Unit         string    `json:"unit"`
+	MessageBytes int       `json:"message_bytes,omitempty"` // where the unit is bytes
+	Plain        []float64 `json:"plain"`
+	Accelerated  []float64 `json:"accelerated"`
+	// The part of the CPU time of client and server that they spent in user mode; none
+	// of the bench, whose generators do nothing there.
+	PlainUser       []float64 `json:"plain_user,omitempty"`
+	AcceleratedUser []float64 `json:"accelerated_user,omitempty"`
+}
+
+func (r *Result) add(accelerated bool, s sample) {
+	if accelerated {
+		r.Accelerated, r.AcceleratedUser = append(r.Accelerated, s.rate), append(r.AcceleratedUser, s.user)
+	} else {
+		r.Plain, r.PlainUser = append(r.Plain, s.rate), append(r.PlainUser, s.user)
+	}
 }
 
 // environment lets programs that are unpacked below root find their libraries.

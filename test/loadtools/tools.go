@@ -21,6 +21,8 @@ import (
 // An experiment is one that the bench has, too.
 type experiment struct {
 	tool, name, unit string
+	messageBytes     int      // of a stream
+	bench            []string // arguments of skipstack bench for the same
 	port             int
 	server           []string
 	client           func(server netip.Addr) []string
@@ -37,7 +39,8 @@ var experiments = []experiment{iperf(64 << 10), iperf(4 << 10), sockperf}
 // iperf streams messages of a size one way; the result is what the server received.
 func iperf(bytes int) experiment {
 	return experiment{
-		tool: "iperf3", name: fmt.Sprintf("stream %d KiB", bytes>>10), unit: "bytes/s", port: iperfPort,
+		tool: "iperf3", name: fmt.Sprintf("stream %d KiB", bytes>>10), unit: "bytes/s", messageBytes: bytes, port: iperfPort,
+		bench:  []string{"--tests=stream", "--sizes=" + strconv.Itoa(bytes)},
 		server: []string{"-4", "-s", "-1"},
 		client: func(server netip.Addr) []string {
 			return []string{"-c", server.String(), "-t", "1", "-l", strconv.Itoa(bytes), "-J"}
@@ -65,6 +68,7 @@ func iperf(bytes int) experiment {
 // sockperf exchanges 64 bytes each way at a time. It says half the mean round trip.
 var sockperf = experiment{
 	tool: "sockperf", name: "rr 64/64 B", unit: "transactions/s", port: sockperfPort,
+	bench:  []string{"--tests=rr", "--sizes=64"},
 	server: []string{"server", "--tcp", "-i", "0.0.0.0", "-p", strconv.Itoa(sockperfPort)},
 	client: func(server netip.Addr) []string {
 		return []string{"ping-pong", "--tcp", "-i", server.String(), "-p", strconv.Itoa(sockperfPort), "-m", "64", "-t", "1"}
@@ -92,7 +96,7 @@ type pair struct {
 	env            []string
 }
 
-func newPair(ctx context.Context, root string) (p *pair, err error) {
+func newPair(ctx context.Context, root, congestion string) (p *pair, err error) {
 	p = &pair{root: root, env: environment(root)}
 	if p.node, err = node.New(node.Options{Name: "loadtools", Log: os.Stderr}); err != nil {
 		return nil, err
@@ -112,6 +116,17 @@ func newPair(ctx context.Context, root string) (p *pair, err error) {
 	}
 	if p.client, err = p.node.AddPod(ctx, "client", list, node.PodOptions{}); err != nil {
 		return nil, err
+	}
+	for _, pod := range []*node.Pod{p.server, p.client} {
+		if congestion == "" {
+			break
+		}
+		err = pod.Do(func() error {
+			return os.WriteFile("/proc/sys/net/ipv4/tcp_congestion_control", []byte(congestion), 0)
+		})
+		if err != nil {
+			return nil, fmt.Errorf("set the congestion control %s: %w", congestion, err)
+		}
 	}
 	return p, p.waitForGate(ctx)
 }
@@ -135,56 +150,103 @@ func (p *pair) version(ctx context.Context, tool string) (string, error) {
 	return tool + " " + string(m), nil
 }
 
+// A sample is what one run of a tool gave.
+type sample struct {
+	rate float64
+	user float64 // the part of the CPU time in user mode
+}
+
 // run runs a tool's server and client on the last CPU.
-func (p *pair) run(ctx context.Context, e experiment, accelerated bool) (v float64, err error) {
-	server, err := p.start(p.server, e, accelerated, nil, e.server)
+func (p *pair) run(ctx context.Context, e experiment, accelerated bool) (s sample, err error) {
+	serving, server, err := p.start(p.server, e, accelerated, nil, e.server)
 	if err != nil {
-		return 0, err
+		return s, err
 	}
-	defer func() { err = errors.Join(err, server.Kill()) }()
+	client, rate, err := p.drive(ctx, e, accelerated)
+	if err := errors.Join(err, server.Kill()); err != nil {
+		return s, err
+	}
+	user := client.ProcessState.UserTime() + serving.ProcessState.UserTime()
+	system := client.ProcessState.SystemTime() + serving.ProcessState.SystemTime()
+	return sample{rate, user.Seconds() / (user + system).Seconds()}, nil
+}
+
+// drive runs a tool's client against the server that has been started.
+func (p *pair) drive(ctx context.Context, e experiment, accelerated bool) (client *exec.Cmd, rate float64, err error) {
 	if err := p.listens(ctx, e.port); err != nil {
-		return 0, err
+		return nil, 0, err
 	}
 	before, err := p.redirected()
 	if err != nil {
-		return 0, err
+		return nil, 0, err
 	}
 	addr, _ := p.server.Addr(false)
 	var out bytes.Buffer
-	client, err := p.start(p.client, e, accelerated, &out, e.client(addr))
+	client, process, err := p.start(p.client, e, accelerated, &out, e.client(addr))
 	if err != nil {
-		return 0, err
+		return nil, 0, err
 	}
-	if err := client.Wait(); err != nil {
-		return 0, fmt.Errorf("%w: %s", err, out.Bytes())
+	if err := process.Wait(); err != nil {
+		return nil, 0, fmt.Errorf("%w: %s", err, out.Bytes())
 	}
 	after, err := p.redirected()
 	if err == nil && accelerated != (after > before) {
 		err = fmt.Errorf("accelerated %v, though %d bytes were redirected", accelerated, after-before)
 	}
 	if err != nil {
-		return 0, err
+		return nil, 0, err
 	}
-	return e.parse(out.Bytes())
+	rate, err = e.parse(out.Bytes())
+	return client, rate, err
 }
 
-func (p *pair) start(pod *node.Pod, e experiment, accelerated bool, out *bytes.Buffer, args []string) (*node.Process, error) {
+// bench lets skipstack bench measure an experiment, and returns its two medians.
+func bench(ctx context.Context, e experiment, sockets, congestion string) (plain, accelerated float64, err error) {
+	args := append([]string{"bench", "--quick", "--max-pairs=5", "--json=-", "--sockets=" + sockets, "--congestion-control=" + congestion, "--cni-path=" + node.ProgramDir()}, e.bench...)
+	var out, said bytes.Buffer
+	cmd := exec.CommandContext(ctx, filepath.Join(node.ProgramDir(), "skipstack"), args...)
+	cmd.Stdout, cmd.Stderr = &out, &said
+	if err := cmd.Run(); err != nil {
+		return 0, 0, fmt.Errorf("skipstack bench: %w: %s", err, said.Bytes())
+	}
+	type figures struct {
+		Bytes        float64 `json:"throughput_bytes_per_s"`
+		Transactions float64 `json:"transactions_per_s"`
+	}
+	var report struct {
+		Points []struct{ Plain, Accelerated figures }
+	}
+	if err := json.Unmarshal(out.Bytes(), &report); err != nil {
+		return 0, 0, fmt.Errorf("skipstack bench: %w", err)
+	}
+	if len(report.Points) != 1 {
+		return 0, 0, fmt.Errorf("skipstack bench measured %d points, not 1", len(report.Points))
+	}
+	p := report.Points[0]
+	if e.messageBytes > 0 {
+		return p.Plain.Bytes, p.Accelerated.Bytes, nil
+	}
+	return p.Plain.Transactions, p.Accelerated.Transactions, nil
+}
+
+func (p *pair) start(pod *node.Pod, e experiment, accelerated bool, out *bytes.Buffer, args []string) (*exec.Cmd, *node.Process, error) {
 	cmd := p.command(e.tool, args...)
 	if out != nil {
 		cmd.Stdout, cmd.Stderr = out, out
 	}
 	cpu, err := lastCPU()
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	where := node.StartOptions{CPU: cpu + 1}
 	if !accelerated {
 		// As deep as the pod's own, outside it.
 		if where.Cgroup, err = p.node.Cgroup(filepath.Join("plain/burstable", "pod"+pod.UID, pod.ID)); err != nil {
-			return nil, err
+			return nil, nil, err
 		}
 	}
-	return pod.Start(cmd, where)
+	process, err := pod.Start(cmd, where)
+	return cmd, process, err
 }
 
 // listens waits until the server's pod listens on a TCP port.

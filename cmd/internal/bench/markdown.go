@@ -152,6 +152,7 @@ type Difference struct {
 	Point         Point
 	First, Second float64
 	Relative      float64 // of the second to the first: 0.1 is 10 %
+	Uncertain     bool    // one of the reports says so of its ratio
 }
 
 // Compare returns the differences of the points that two reports have in common, the
@@ -161,7 +162,7 @@ func Compare(first, second *Report) []Difference {
 	for _, a := range first.Points {
 		for _, b := range second.Points {
 			if a.Point == b.Point && a.Speedup > 0 {
-				differences = append(differences, Difference{a.Point, a.Speedup, b.Speedup, math.Abs(b.Speedup/a.Speedup - 1)})
+				differences = append(differences, Difference{a.Point, a.Speedup, b.Speedup, math.Abs(b.Speedup/a.Speedup - 1), a.Uncertain || b.Uncertain})
 			}
 		}
 	}

@@ -74,7 +74,7 @@ func update(doc, result, again, congestion, tools string) error {
 		if err := read(tools, &results); err != nil {
 			return err
 		}
-		if err := writeTools(&b, &report, results); err != nil {
+		if err := writeTools(&b, results); err != nil {
 			return err
 		}
 	}
@@ -137,12 +137,19 @@ func writeAgreement(w io.Writer, differences []bench.Difference) {
 		fmt.Fprintln(w, "The two runs have no point on one CPU in common.")
 		return
 	}
-	fmt.Fprintf(w, "The run was repeated at once. Of %d ratios on one CPU, %d agree within %.0f %%; the greatest difference is %.0f %%, at %s (%.2f and %.2f).\n",
+	certain := slices.DeleteFunc(slices.Clone(same), func(d bench.Difference) bool { return d.Uncertain })
+	certainApart := slices.DeleteFunc(slices.Clone(apart), func(d bench.Difference) bool { return d.Uncertain })
+	fmt.Fprintf(w, "The run was repeated at once. Of %d ratios on one CPU, %d agree within %.0f %%; the greatest difference is %.0f %%, at %s (%.2f and %.2f). ",
 		len(same), len(same)-len(apart), 100*agreement, 100*same[0].Relative, same[0].Point, same[0].First, same[0].Second)
+	fmt.Fprintf(w, "Of the %d that neither run calls uncertain, %d agree.\n", len(certain), len(certain)-len(certainApart))
 	for i, d := range apart {
 		if i == 0 {
 			fmt.Fprint(w, "Further apart:\n\n")
 		}
-		fmt.Fprintf(w, "- %s: %.2f and %.2f\n", d.Point, d.First, d.Second)
+		mark := ""
+		if d.Uncertain {
+			mark = ", uncertain"
+		}
+		fmt.Fprintf(w, "- %s: %.2f and %.2f%s\n", d.Point, d.First, d.Second, mark)
 	}
 }
