@@ -51,12 +51,16 @@ failed), 2 wrong usage.`,
 			if !cmd.Flags().Changed("max-pairs") {
 				o.maxPairs = max(o.maxPairs, o.repeats)
 			}
-			if err := o.check(); err != nil {
+			err := namesFiles(cmd.Flags(), "json", "csv", "report")
+			if err == nil {
+				err = o.check()
+			}
+			if err != nil {
 				return &ExitError{ExitUsage, err}
 			}
 			ctx, stop := signal.NotifyContext(cmd.Context(), unix.SIGHUP)
 			defer stop()
-			err := runClient(ctx, c, o)
+			err = runClient(ctx, c, o)
 			switch {
 			case err != nil && ctx.Err() != nil:
 				return &ExitError{ExitNotProven, errors.New("interrupted: nothing is proven")}

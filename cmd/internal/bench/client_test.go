@@ -320,6 +320,7 @@ func TestClientAndServerUsage(t *testing.T) {
 		{"client --target=h --max-pairs=4", "--max-pairs 4: it is --repeats, here 5, to 50"},
 		{"client --target=h --max-pairs=51", "to 50"},
 		{"client --target=h --wait=-1s", "negative"},
+		{"client --target=h --json=", "--json is empty"},
 		{"client --target=h --json=/nonexistent/x", "not writable"},
 		{"client host", "host"},
 		{"serve --wait=-1s", "negative"},

@@ -37,11 +37,28 @@ func (o files) wanted() []file {
 	}, func(f file) bool { return f.path == "" })
 }
 
+// namesFiles rejects flags that were set to no file, as by a script's empty variable.
+func namesFiles(set *pflag.FlagSet, flags ...string) error {
+	for _, name := range flags {
+		if f := set.Lookup(name); f.Changed && f.Value.String() == "" {
+			return fmt.Errorf("--%s is empty: name a file or directory, or leave it out", name)
+		}
+	}
+	return nil
+}
+
 // check finds out whether the files exclude each other.
 func (o files) check() error {
 	paths := map[string]string{}
 	for _, f := range o.wanted() {
-		other, taken := paths[f.path]
+		path := f.path
+		if path != "-" {
+			var err error
+			if path, err = filepath.Abs(path); err != nil {
+				return fmt.Errorf("--%s %s: %w", f.flag, f.path, err)
+			}
+		}
+		other, taken := paths[path]
 		switch {
 		case f.path == "-" && f.flag == "report":
 			return errors.New("--report -: name a file; only --json and --csv go to standard output")
@@ -50,7 +67,7 @@ func (o files) check() error {
 		case taken:
 			return fmt.Errorf("--%s and --%s are the same file %s", other, f.flag, f.path)
 		}
-		paths[f.path] = f.flag
+		paths[path] = f.flag
 	}
 	return nil
 }

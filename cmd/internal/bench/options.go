@@ -114,6 +114,9 @@ func (f *flags) options(cmd *cobra.Command) (options, error) {
 	if f.minSpeedup < 0 || math.IsNaN(f.minSpeedup) || math.IsInf(f.minSpeedup, 0) {
 		return o, fmt.Errorf("--min-speedup %v: it is a ratio from 0 on", f.minSpeedup)
 	}
+	if err := namesFiles(cmd.Flags(), "cni-path", "conflist", "json", "csv", "report"); err != nil {
+		return o, err
+	}
 	if err := f.files.check(); err != nil {
 		return o, err
 	}
