@@ -120,6 +120,8 @@ func (f *fakeDatapath) Upgrade(ctx context.Context, bpffs string, o datapath.Loa
 	return s, changed, nil
 }
 
+func (f *fakeDatapath) Loadable(string) error { return f.call("Loadable") }
+
 func (f *fakeDatapath) EnsureBPFFS(context.Context, string) error { return f.call("EnsureBPFFS") }
 
 func (f *fakeDatapath) BPFFSIdentity(string) (uint64, uint64, error) {

@@ -47,6 +47,7 @@ const (
 type Datapath interface {
 	Open(bpffs string) (Set, error)
 	Load(ctx context.Context, bpffs string, o datapath.LoadOptions) (Set, error)
+	Loadable(bpffs string) error
 	EnsureBPFFS(ctx context.Context, path string) error
 	BPFFSIdentity(path string) (dev, mountNS uint64, err error)
 	HasLink(bpffs string, cgroupID uint64) (bool, error)

@@ -57,6 +57,9 @@ func (p *Plugin) status(ctx context.Context, conf Config, confErr error) error {
 			return err
 		}
 	case errors.Is(err, datapath.ErrNotLoaded), errors.Is(err, datapath.ErrDamaged):
+		if err := p.Datapath.Loadable(conf.BPFFS); err != nil {
+			return err
+		}
 	default:
 		return err
 	}

@@ -127,6 +127,8 @@ func (kernel) Upgrade(ctx context.Context, bpffs string, o datapath.LoadOptions)
 	return set, changed, err
 }
 
+func (kernel) Loadable(bpffs string) error { return datapath.Loadable(bpffs) }
+
 func (kernel) EnsureBPFFS(ctx context.Context, path string) error {
 	return datapath.EnsureBPFFS(ctx, path)
 }

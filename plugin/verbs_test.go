@@ -531,6 +531,8 @@ func TestStatus(t *testing.T) {
 		{name: "unsupported, loaded", prepare: func(b *bench) { b.datapath.loaded, b.verdicts.cached = true, &Verdict{Summary: "order is lost"} }, fails: "order is lost"},
 		{name: "no cgroup2", prepare: func(b *bench) { b.cgroups.rootErr = podcgroup.ErrNoCgroup2 }, fails: "cgroup"},
 		{name: "no permission", prepare: func(b *bench) { b.datapath.fail["Open"] = errors.New("EPERM") }, fails: "EPERM"},
+		{name: "not loadable", prepare: func(b *bench) { b.datapath.fail["Loadable"] = datapath.ErrNoBPFFS }, fails: "BPF file system"},
+		{name: "loaded once", prepare: func(b *bench) { b.datapath.loaded, b.datapath.fail["Loadable"] = true, datapath.ErrNoBPFFS }},
 		{name: "bad key", conf: `"x":1`, fails: `"x"`},
 		{name: "mode off", conf: `"mode":"off"`, prepare: func(b *bench) { b.verdicts.cached = &Verdict{} }},
 	} {

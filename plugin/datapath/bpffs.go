@@ -6,6 +6,9 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/cilium/ebpf"
@@ -87,10 +90,21 @@ func EnsureBPFFS(ctx context.Context, path string) error {
 	case err != io.EOF:
 		return fmt.Errorf("%w: read %s: %w", ErrNoBPFFS, path, err)
 	}
-	if err := unix.Mount("bpf", path, "bpf", 0, "mode=0700"); err != nil {
+	err = unix.Mount("bpf", path, "bpf", 0, "mode=0700")
+	if errors.Is(err, unix.ENODEV) {
+		return fmt.Errorf("%s: %w, and this kernel has none to mount (CONFIG_BPF_SYSCALL): %w", path, ErrNoBPFFS, err)
+	}
+	if err != nil {
 		return fmt.Errorf("mount a BPF file system on %s: %w: %w", path, ErrNoBPFFS, err)
 	}
 	return nil
+}
+
+// LacksBPFFS tells that the kernel certainly has no BPF file system, by proc(5)'s
+// filesystems.
+func LacksBPFFS(proc string) bool {
+	types, err := os.ReadFile(filepath.Join(proc, "filesystems"))
+	return err == nil && !slices.Contains(strings.Fields(string(types)), "bpf")
 }
 
 // BPFFSIdentity tells which BPF file system path is: its st_dev, and the inode

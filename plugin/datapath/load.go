@@ -154,9 +154,9 @@ func load(spec *ebpf.CollectionSpec, maps map[string]*ebpf.Map, window time.Dura
 }
 
 // CheckKernel returns an error wrapping [ErrUnsupported] if the kernel is certainly
-// too old. It takes no time, and it works where EPERM would hide the reason:
-// kernels before 5.11 charge BPF programs and maps to RLIMIT_MEMLOCK, which is
-// lifted meanwhile if the caller may.
+// too old, or built without what the datapath takes. It takes no time, and it works
+// where EPERM would hide the reason: kernels before 5.11 charge BPF programs and maps
+// to RLIMIT_MEMLOCK, which is lifted meanwhile if the caller may.
 func CheckKernel() error {
 	var limit unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_MEMLOCK, &limit); err == nil {
@@ -165,11 +165,41 @@ func CheckKernel() error {
 			defer unix.Setrlimit(unix.RLIMIT_MEMLOCK, &limit)
 		}
 	}
-	if err := haveCompareAndSwap(); errors.Is(err, ebpf.ErrNotSupported) {
+	switch err := haveCompareAndSwap(); {
+	case errors.Is(err, unix.ENOSYS):
+		return fmt.Errorf("%w: no bpf(2) (CONFIG_BPF_SYSCALL)", ErrUnsupported)
+	case errors.Is(err, ebpf.ErrNotSupported):
 		return fmt.Errorf("%w: no BPF compare-and-swap instruction; Linux 5.12 brought it, 6.1 is the oldest supported", ErrUnsupported)
+	}
+	// Programs of this type depend on what attaching sock_ops programs depends on;
+	// those can be loaded without it (include/linux/bpf_types.h).
+	if err := features.HaveProgramType(ebpf.CGroupSKB); errors.Is(err, ebpf.ErrNotSupported) {
+		return fmt.Errorf("%w: no BPF programs on cgroups (CONFIG_CGROUP_BPF)", ErrUnsupported)
 	}
 	return nil
 }
+
+// Loadable returns an error where [EnsureBPFFS] or [Load] is known to fail, without
+// loading or mounting anything. It takes no time.
+func Loadable(bpffs string) error {
+	if err := CheckKernel(); err != nil {
+		return err
+	}
+	if err := features.HaveProgramType(ebpf.SkMsg); errors.Is(err, unix.EPERM) {
+		return errNotPermitted
+	}
+	is, err := isBPFFS(bpffs)
+	if err != nil {
+		return fmt.Errorf("%w: %w", ErrNoBPFFS, err)
+	}
+	if !is && LacksBPFFS("/proc") {
+		return fmt.Errorf("%s: %w, and this kernel has none to mount (CONFIG_BPF_SYSCALL)", bpffs, ErrNoBPFFS)
+	}
+	return nil
+}
+
+var errNotPermitted = fmt.Errorf("load BPF programs: not permitted (needs root or CAP_BPF, CAP_NET_ADMIN, CAP_PERFMON, no "+
+	"lockdown=confidentiality, and no seccomp filter that refuses bpf(2)): %w", unix.EPERM)
 
 // explain names what the kernel lacks.
 func explain(err error) error {
@@ -178,8 +208,8 @@ func explain(err error) error {
 	}
 	// Unprivileged, some errors of the library name old kernels instead.
 	if errors.Is(err, unix.EPERM) || errors.Is(features.HaveProgramType(ebpf.SkMsg), unix.EPERM) {
-		return fmt.Errorf("load BPF programs: not permitted (needs root or CAP_BPF, CAP_NET_ADMIN, CAP_PERFMON, and no "+
-			"lockdown=confidentiality): %w: %w", unix.EPERM, err)
+		// What the library adds is of limits that do not apply any more.
+		return errNotPermitted
 	}
 	if _, e := btf.LoadKernelSpec(); e != nil {
 		return fmt.Errorf("%w: no type information (CONFIG_DEBUG_INFO_BTF): %w", ErrUnsupported, e)
@@ -188,7 +218,7 @@ func explain(err error) error {
 		have error
 		what string
 	}{
-		{features.HaveProgramType(ebpf.SockOps), "no sock_ops programs (CONFIG_CGROUP_BPF)"},
+		{features.HaveProgramType(ebpf.SockOps), "no sock_ops programs (CONFIG_INET)"},
 		{features.HaveProgramType(ebpf.SkMsg), "no sk_msg programs (CONFIG_NET_SOCK_MSG, CONFIG_BPF_STREAM_PARSER)"},
 		{features.HaveMapType(ebpf.SockHash), "no sockhash maps (CONFIG_BPF_STREAM_PARSER)"},
 		{features.HaveMapType(ebpf.SkStorage), "no socket storage maps"},

@@ -179,7 +179,7 @@ func (v *Verdict) unloadable(err error) {
 	for _, k := range kinds {
 		v.set(k.name, CouldNotTell, "not tried: the programs do not load")
 	}
-	v.set(ProbeLoad, NotOK, err.Error())
+	v.set(ProbeLoad, NotOK, strings.TrimPrefix(err.Error(), datapath.ErrUnsupported.Error()+": "))
 	v.conclude()
 }
 

@@ -20,6 +20,7 @@ import (
 
 	"github.com/skipstack/skipstack/plugin"
 	"github.com/skipstack/skipstack/plugin/datapath"
+	"github.com/skipstack/skipstack/plugin/podcgroup"
 	"github.com/skipstack/skipstack/plugin/verdict"
 )
 
@@ -51,6 +52,7 @@ type Options struct {
 type Report struct {
 	Verdict    *verdict.Verdict
 	ProbeError string        // why the kernel was not probed, "" where it was
+	Lacks      string        // what skipstack cannot do without and the node certainly has not
 	Took       time.Duration // probing
 	Stored     bool          // the verdict is ADD's from now on
 	NotStored  string        // why it is not
@@ -81,6 +83,8 @@ const (
 // ExitCode is that of the command.
 func (r *Report) ExitCode() int {
 	switch {
+	case r.Lacks != "":
+		return ExitUnsupported
 	case r.ProbeError != "" || r.Verdict.Inconclusive():
 		return ExitUnknown
 	case r.Verdict.Level == verdict.Safe:
@@ -127,6 +131,12 @@ func Examine(ctx context.Context, o Options) (*Report, error) {
 		return nil, ctx.Err()
 	}
 	e.Node = e.checks(root, rootErr)
+	switch {
+	case errors.Is(rootErr, podcgroup.ErrNoCgroup2) && e.Config.CgroupRoot == "":
+		e.Lacks = text(rootErr)
+	case e.node.lacksBPFFS():
+		e.Lacks = noBPFFS
+	}
 	e.foresee(rootErr)
 	return e.Report, nil
 }

@@ -210,7 +210,7 @@ func TestExitCode(t *testing.T) {
 		b := newBench(t, nil)
 		b.Deps.Cgroups = fakeCgroups{err: podcgroup.ErrNoCgroup2}
 		r := b.examine()
-		if r.ExitCode() != ExitUnknown || b.kernel.runs != 0 || r.Pods.Outcome != plugin.Plain || r.Verdict.Level != verdict.Unsupported ||
+		if r.ExitCode() != ExitUnsupported || b.kernel.runs != 0 || r.Pods.Outcome != plugin.Plain || r.Verdict.Level != verdict.Unsupported ||
 			!strings.Contains(r.Pods.Why, "cgroup: no cgroup v2") || result(r, checkCgroup2) != verdict.NotOK {
 			t.Errorf("%+v", r)
 		}

@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/skipstack/skipstack/plugin"
+	"github.com/skipstack/skipstack/plugin/datapath"
 	"github.com/skipstack/skipstack/plugin/verdict"
 )
 
@@ -134,11 +135,17 @@ func (h *host) bpffs(path string) verdict.Probe {
 	switch {
 	case err != nil:
 		return couldNotTell(checkBPFFS, "%s", text(err))
+	case h.lacksBPFFS():
+		return notOK(checkBPFFS, "%s, so pods stay plain", noBPFFS)
 	case len(entries) > 0:
 		return notOK(checkBPFFS, "%s is no BPF file system and not empty, so none is mounted there and pods stay plain: mount -t bpf bpf DIRECTORY, and name it with the key bpffs", path)
 	}
 	return ok(checkBPFFS, "none is mounted at %s yet: the first pod's ADD mounts one", path)
 }
+
+const noBPFFS = "the kernel has no BPF file system (CONFIG_BPF_SYSCALL)"
+
+func (h *host) lacksBPFFS() bool { return datapath.LacksBPFFS(h.path("/proc")) }
 
 // lockdown tells whether the kernel refuses to let BPF programs read its memory,
 // kernel_lockdown(7).

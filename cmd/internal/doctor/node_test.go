@@ -99,6 +99,8 @@ func TestChecks(t *testing.T) {
 		"bpffs":           {func(e *examination, _ string) { e.node.statfs = noexec(0, unix.BPF_FS_MAGIC) }, checkBPFFS, verdict.OK, "mounted at /sys/fs/bpf"},
 		"bpffs read-only": {func(e *examination, _ string) { e.node.statfs = noexec(unix.ST_RDONLY, unix.BPF_FS_MAGIC) }, checkBPFFS, verdict.NotOK, "read-only"},
 		"no bpffs":        {func(_ *examination, r string) { os.Remove(filepath.Join(r, "sys/fs/bpf")) }, checkBPFFS, verdict.NotOK, "no directory /sys/fs/bpf"},
+		"no bpffs ever":   {func(_ *examination, r string) { write(t, r, "proc/filesystems", "nodev\tproc\n\text4\n") }, checkBPFFS, verdict.NotOK, "CONFIG_BPF_SYSCALL"},
+		"some bpffs":      {func(_ *examination, r string) { write(t, r, "proc/filesystems", "nodev\tproc\nnodev\tbpf\n") }, checkBPFFS, verdict.OK, "mounts one"},
 		"something else":  {func(_ *examination, r string) { write(t, r, "sys/fs/bpf/x", "") }, checkBPFFS, verdict.NotOK, "not empty"},
 
 		"integrity":   {nil, checkLockdown, verdict.OK, "integrity"},

@@ -70,6 +70,9 @@ func (r *Report) Print(w io.Writer) error {
 
 // headline is the verdict, and what keeps it from being one.
 func (r *Report) headline() string {
+	if r.Lacks != "" {
+		return "unsupported: " + r.Lacks
+	}
 	if r.ProbeError != "" {
 		return "could not tell: " + r.ProbeError
 	}
@@ -225,11 +228,16 @@ func (r *Report) MarshalJSON() ([]byte, error) {
 	if notes == nil {
 		notes = []string{}
 	}
+	level, inconclusive := r.Verdict.Level, r.ProbeError != "" || r.Verdict.Inconclusive()
+	if r.Lacks != "" {
+		level, inconclusive = verdict.Unsupported, false
+	}
 	return json.Marshal(struct {
 		Verdict      verdict.Level   `json:"verdict"`
 		Risks        []string        `json:"risks"`
 		Probes       []verdict.Probe `json:"probes"`
-		Inconclusive bool            `json:"inconclusive"` // the verdict counts what could not be told as not ok
+		Inconclusive bool            `json:"inconclusive"`    // the verdict counts what could not be told as not ok
+		Lacks        string          `json:"lacks,omitempty"` // why the verdict is unsupported whatever the kernel does
 		Error        string          `json:"error,omitempty"`
 		Kernel       string          `json:"kernel"`
 		Guard        datapath.Guard  `json:"guard"` // form of the splice guard that works
@@ -245,7 +253,7 @@ func (r *Report) MarshalJSON() ([]byte, error) {
 		Memory       *verdict.Memory `json:"memory"`
 		MemoryError  string          `json:"memoryError,omitempty"`
 	}{
-		r.Verdict.Level, r.Verdict.Risks.Names(), probes, r.ProbeError != "" || r.Verdict.Inconclusive(), r.ProbeError,
+		level, r.Verdict.Risks.Names(), probes, inconclusive, r.Lacks, r.ProbeError,
 		r.Verdict.Kernel, r.Verdict.Guard, r.Took.Seconds(), r.Verdict.ProbedAt, r.Stored, r.NotStored,
 		r.Node, others, r.OthersError,
 		outlook{r.Conflist.Path, r.Conflist.Used, r.Config.Mode, r.Config.OnError, r.Config.AcceptRisks.Names(), r.Pods, r.Asking, notes},
