@@ -147,14 +147,25 @@ func (s *site) env(c call) []string {
 
 // command makes the command of a call, with its standard input.
 func (s *site) command(ctx context.Context, c call) *exec.Cmd {
-	cmd := exec.CommandContext(ctx, program())
-	cmd.Env = s.env(c)
-	if c.handicap != "" {
-		worker := node.WorkerCommand(handicapName, c.handicap, program())
-		cmd = exec.CommandContext(ctx, worker.Path, worker.Args[1:]...)
-		cmd.Env = append(worker.Env, s.env(c)...)
-	}
+	cmd := s.handicapped(ctx, c.handicap, s.env(c))
 	cmd.Stdin = strings.NewReader(s.stdin(c))
+	return cmd
+}
+
+// handicapped makes the command that runs the program with a handicap, if any.
+func (s *site) handicapped(ctx context.Context, what string, env []string, args ...string) *exec.Cmd {
+	s.t.Helper()
+	if what == "" {
+		cmd := exec.CommandContext(ctx, program(), args...)
+		cmd.Env = env
+		return cmd
+	}
+	worker := node.WorkerCommand(handicapName, append([]string{what, program()}, args...)...)
+	cmd := exec.CommandContext(ctx, worker.Path, worker.Args[1:]...)
+	cmd.Env = append(worker.Env, env...)
+	if answer, ok := kernels[what]; ok {
+		cmd.ExtraFiles = []*os.File{imitate(s.t, answer)}
+	}
 	return cmd
 }
 
@@ -319,15 +330,28 @@ func giveUp(what string) error {
 		}
 		return nil
 	case "cgroup2": // the mount
-		if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
+		return errors.Join(ownMounts(), unmountCgroup2())
+	}
+	if cover, ok := covers[what]; ok {
+		if err := errors.Join(ownMounts(), cover()); err != nil {
 			return err
 		}
-		if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
-			return err
-		}
-		return unmountCgroup2()
+	}
+	if _, ok := kernels[what]; ok {
+		return trapped()
+	}
+	if _, ok := covers[what]; ok {
+		return nil
 	}
 	return fmt.Errorf("unknown handicap %q", what)
+}
+
+// ownMounts gives the process mounts that nobody else sees.
+func ownMounts() error {
+	if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
+		return err
+	}
+	return unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, "")
 }
 
 func unmountCgroup2() error {

@@ -71,12 +71,14 @@ func TestConflists(t *testing.T) {
 type recorder struct {
 	s *site
 	version.PluginDecoder
-	calls []recorded
+	handicap string // skipstack's, see [handicap]
+	calls    []recorded
 }
 
 type recorded struct {
 	plugin        string
 	stdin, stdout []byte
+	stderr        string
 }
 
 func (r *recorder) FindInPath(plugin string, paths []string) (string, error) {
@@ -85,9 +87,13 @@ func (r *recorder) FindInPath(plugin string, paths []string) (string, error) {
 
 func (r *recorder) ExecPlugin(ctx context.Context, path string, stdin []byte, env []string) ([]byte, error) {
 	cmd := exec.CommandContext(ctx, path)
-	cmd.Env, cmd.Stdin = env, bytes.NewReader(stdin)
+	cmd.Env = env
+	if filepath.Base(path) == node.PluginType && r.handicap != "" {
+		cmd = r.s.handicapped(ctx, r.handicap, env)
+	}
+	cmd.Stdin = bytes.NewReader(stdin)
 	got := r.s.exec(cmd)
-	r.calls = append(r.calls, recorded{filepath.Base(path), stdin, []byte(got.stdout)})
+	r.calls = append(r.calls, recorded{filepath.Base(path), stdin, []byte(got.stdout), got.stderr})
 	if got.code == 0 {
 		return []byte(got.stdout), nil
 	}

@@ -20,6 +20,7 @@ import (
 	"github.com/skipstack/skipstack/plugin/datapath"
 	"github.com/skipstack/skipstack/test/datapath/traffic"
 	"github.com/skipstack/skipstack/test/node"
+	"github.com/skipstack/skipstack/test/report"
 )
 
 func TestMain(m *testing.M) {
@@ -135,7 +136,7 @@ func theVerdict(t *testing.T) verdict {
 		if v.Verdict == "unsupported" {
 			t.Fatalf("these tests need a kernel that is supported: %s", v.content)
 		}
-		t.Logf("the kernel's verdict: %s %v", v.Verdict, v.Risks)
+		t.Attr(report.AttrVerdict, report.Verdict(v.Verdict, v.Risks))
 		probed.verdict = &v
 	}
 	return *probed.verdict

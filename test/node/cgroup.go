@@ -17,7 +17,7 @@ import (
 )
 
 // cgroupRoot returns where cgroup2 is mounted.
-func cgroupRoot() (string, error) { return podcgroup.FindRoot("/sys/fs/cgroup", "/proc") }
+func cgroupRoot() (string, error) { return podcgroup.FindRoot(sysfsCgroup, "/proc") }
 
 func isFS(dir string, magic int64) bool {
 	var s unix.Statfs_t

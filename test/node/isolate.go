@@ -25,6 +25,8 @@ const (
 	dirPrefix = "skipstack-node-"
 	// isolatedEnv tells the program that Isolate started that it is isolated.
 	isolatedEnv = "SKIPSTACK_NODE"
+	// unifiedEnv tells it that Command.UnifiedCgroups was set.
+	unifiedEnv = "SKIPSTACK_NODE_UNIFIED_CGROUPS"
 	// stopGrace is how long an isolated program may take to end after SIGTERM.
 	stopGrace = 10 * time.Second
 )
@@ -43,6 +45,9 @@ type Command struct {
 	Stdin          io.Reader
 	Stdout, Stderr io.Writer
 	ExtraFiles     []*os.File // the program's descriptors from 3 on
+	// UnifiedCgroups has [Prepare] mount cgroup2 on /sys/fs/cgroup, and nothing else
+	// there, whatever the machine has.
+	UnifiedCgroups bool
 }
 
 // Isolated says whether [Isolate] started this process.
@@ -88,6 +93,9 @@ func Isolate(ctx context.Context, c Command) (exit int, err error) {
 	cmd := exec.Command("/proc/self/exe", c.Args...)
 	cmd.Args[0] = os.Args[0]
 	cmd.Env = append(c.Env[:len(c.Env):len(c.Env)], isolatedEnv+"="+filepath.Base(dir))
+	if c.UnifiedCgroups {
+		cmd.Env = append(cmd.Env, unifiedEnv+"=1")
+	}
 	cmd.Stdin, cmd.Stdout, cmd.Stderr, cmd.ExtraFiles = c.Stdin, c.Stdout, c.Stderr, c.ExtraFiles
 	cmd.SysProcAttr = &syscall.SysProcAttr{
 		// Unshared after the child entered its cgroup, so that this cgroup

@@ -17,6 +17,7 @@ import (
 )
 
 const (
+	sysfsCgroup   = "/sys/fs/cgroup"
 	defaultBPFFS  = "/sys/fs/bpf"
 	defaultRunDir = "/run/skipstack"
 	// nodesDir holds one directory for each node; /run is private here.
@@ -35,7 +36,8 @@ type Machine struct {
 
 // Prepare makes the namespaces that [Isolate] gave this process habitable:
 // /proc, a private /run, a private bpffs on /sys/fs/bpf, the process's own cgroup
-// as root of the cgroup2 mount, lo up. Call it once, before anything else.
+// as root of the cgroup2 mount, lo up. The cgroup2 mount is where the machine has its,
+// beside those of version 1, or see [Command.UnifiedCgroups]. Call it once, before anything else.
 func Prepare() (*Machine, error) {
 	if !Isolated() {
 		return nil, errors.New("prepare a private machine: the process was not started by Isolate")
@@ -44,7 +46,11 @@ func Prepare() (*Machine, error) {
 	if err != nil {
 		return nil, err
 	}
-	// The same file system is not mounted twice on one directory.
+	if os.Getenv(unifiedEnv) != "" {
+		cgroups = sysfsCgroup
+	}
+	// The same file system is not mounted twice on one directory. What is mounted
+	// below it goes, too.
 	if err := unix.Unmount(cgroups, unix.MNT_DETACH); err != nil {
 		return nil, fmt.Errorf("unmount %s: %w", cgroups, err)
 	}

@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"os"
+	"strings"
 )
 
 // Env is the environment variable that names the file which a tier is to write with
@@ -55,10 +56,36 @@ type Test struct {
 	Attrs []Attr `json:"attrs,omitempty"`
 }
 
+// Keys of attributes that docs/support.md is made of.
+const (
+	AttrRuntime = "runtime" // container runtime with its version
+	AttrCgroups = "cgroups" // the hierarchies that it sees
+	AttrVerdict = "verdict" // this machine's, such as "risky: splice"
+	AttrWorks   = "works"   // what the test has seen working
+)
+
 // An Attr is a testing.T.Attr.
 type Attr struct {
 	Key   string `json:"key"`
 	Value string `json:"value"`
+}
+
+// Verdict writes a verdict with its risks, as in "risky: splice".
+func Verdict(level string, risks []string) string {
+	if level == "risky" {
+		return level + ": " + strings.Join(risks, ", ")
+	}
+	return level
+}
+
+// Attr returns the first attribute with the key.
+func (t Test) Attr(key string) (value string, ok bool) {
+	for _, a := range t.Attrs {
+		if a.Key == key {
+			return a.Value, true
+		}
+	}
+	return "", false
 }
 
 // Counts are numbers of tests.
