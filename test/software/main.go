@@ -95,10 +95,10 @@ type suite struct {
 	limit   time.Duration
 }
 
-// parse returns done if there is nothing to run.
-func (s *suite) parse() (exit int, done bool) {
+// parse returns done if there is nothing to run, and says why.
+func (s *suite) parse(out, errs io.Writer) (exit int, done bool) {
 	flags := flag.NewFlagSet("software", flag.ContinueOnError)
-	flags.SetOutput(s.errs)
+	flags.SetOutput(errs)
 	only := flags.String("run", "", "only cases whose name, such as \"nginx: static\", matches the `regexp`")
 	ci := flags.Bool("ci", false, "only what CI runs")
 	list := flags.Bool("list", false, "list the cases and their Debian packages")
@@ -111,7 +111,7 @@ func (s *suite) parse() (exit int, done bool) {
 	}
 	names, err := regexp.Compile(*only)
 	if err != nil || flags.NArg() > 0 {
-		fmt.Fprintln(s.errs, "software: bad arguments:", err, flags.Args())
+		fmt.Fprintln(errs, "software: bad arguments:", err, flags.Args())
 		return 2, true
 	}
 	for _, c := range allCases() {
@@ -121,12 +121,12 @@ func (s *suite) parse() (exit int, done bool) {
 	}
 	if *list {
 		for _, c := range s.cases {
-			fmt.Fprintf(s.out, "%s (%s)\n", c, strings.Join(c.packages, " "))
+			fmt.Fprintf(out, "%s (%s)\n", c, strings.Join(c.packages, " "))
 		}
 		return 0, true
 	}
 	if len(s.cases) == 0 {
-		fmt.Fprintln(s.errs, "software: no case matches")
+		fmt.Fprintln(errs, "software: no case matches")
 		return 2, true
 	}
 	return 0, false
@@ -134,8 +134,8 @@ func (s *suite) parse() (exit int, done bool) {
 
 // prepare gets the packages, where the network is.
 func (s *suite) prepare(ctx context.Context) (clean func(), err error) {
-	if _, done := s.parse(); done {
-		return nil, nil
+	if _, done := s.parse(io.Discard, io.Discard); done {
+		return nil, nil // Run says why
 	}
 	var packages []string
 	for _, c := range s.cases {
@@ -147,7 +147,7 @@ func (s *suite) prepare(ctx context.Context) (clean func(), err error) {
 // Run runs the cases in the private machine.
 func (s *suite) Run() int {
 	s.cases = nil
-	if exit, done := s.parse(); done {
+	if exit, done := s.parse(s.out, s.errs); done {
 		return exit
 	}
 	if !node.Isolated() {

@@ -12,7 +12,7 @@ func parsed(t *testing.T, args ...string) (s *suite, out string, exit int, done 
 	t.Helper()
 	var stdout, stderr bytes.Buffer
 	s = &suite{out: &stdout, errs: &stderr, args: args}
-	exit, done = s.parse()
+	exit, done = s.parse(&stdout, &stderr)
 	return s, stdout.String() + stderr.String(), exit, done
 }
 
@@ -39,7 +39,10 @@ func TestArguments(t *testing.T) {
 	if done || len(s.cases) != 1 || s.cases[0].name != "static" {
 		t.Errorf("-run chooses %v", s.cases)
 	}
-	_, out, exit, done := parsed(t, "-list")
+	s, out, exit, done := parsed(t, "-list")
+	if _, err := s.prepare(t.Context()); err != nil || s.out.(*bytes.Buffer).Len() > len(out) {
+		t.Errorf("-list says it before the private machine is made, too: %v", err)
+	}
 	if !done || exit != 0 || strings.Count(out, "\n") != all {
 		t.Errorf("-list: exit %d, done %v, %q", exit, done, out)
 	}
