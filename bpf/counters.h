@@ -9,7 +9,7 @@ enum connection_outcome {
 	CONNECTION_ENROLLED,	     /* both ends are in the sockhash and may redirect */
 	CONNECTION_REMOTE_SERVER,    /* no enabled listener on this node answered */
 	CONNECTION_REMOTE_CLIENT,    /* no enabled client on this node claimed it */
-	CONNECTION_BLOCKING,	     /* an end is not O_NONBLOCK and the risk is not accepted */
+	CONNECTION_BLOCKING,	     /* an end is not O_NONBLOCK and the risk is not accepted, or has no file */
 	CONNECTION_EXCLUDED_PORT,
 	CONNECTION_MPTCP,
 	CONNECTION_RCVLOWAT,	     /* SO_RCVLOWAT over 1, where the funnel would break it */

@@ -114,7 +114,7 @@ static __always_inline void syn_received(struct bpf_sock_ops *ctx, const struct 
 		c.refusal = CONNECTION_MPTCP;
 	else if (ctl->funnel && BPF_CORE_READ(listener, sk_rcvlowat) > 1)
 		c.refusal = CONNECTION_RCVLOWAT;
-	else if (!(pod->accepted & RISK_BLOCKING) && blocking(BPF_CORE_READ(listener, sk_socket)))
+	else if (blocking(pod, BPF_CORE_READ(listener, sk_socket)))
 		c.refusal = CONNECTION_BLOCKING;
 
 	c.secret.server = BPF_CORE_READ(req, txhash);
@@ -149,7 +149,7 @@ client_refusal(struct bpf_sock_ops *ctx, struct tcp_sock *tp, struct end_key own
 		return CONNECTION_EXCLUDED_PORT;
 	if (ctl->funnel && tp->inet_conn.icsk_inet.sk.sk_rcvlowat > 1)
 		return CONNECTION_RCVLOWAT;
-	if (!(pod->accepted & RISK_BLOCKING) && blocking(tp->inet_conn.icsk_inet.sk.sk_socket))
+	if (blocking(pod, tp->inet_conn.icsk_inet.sk.sk_socket))
 		return CONNECTION_BLOCKING;
 	return 0;
 }

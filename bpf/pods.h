@@ -47,11 +47,15 @@ static __always_inline bool excluded(const struct pod *pod, __u32 port)
 	return false;
 }
 
-/* blocking tells if reads from the socket would wait. A socket without a file
- * cannot be asked and counts as blocking. */
-static __always_inline bool blocking(struct socket *socket)
+/* blocking tells if reads from the socket would wait, which the pod does not accept.
+ * A socket without a file counts as such whatever the pod accepts: it is the kernel's
+ * own (NFS, NVMe over TCP), or being closed, and drivers in the kernel keep something
+ * else in sk_user_data than a sockmap does. */
+static __always_inline bool blocking(const struct pod *pod, struct socket *socket)
 {
-	return !(BPF_CORE_READ(socket, file, f_flags) & O_NONBLOCK);
+	struct file *file = BPF_CORE_READ(socket, file);
+
+	return !file || (!(pod->accepted & RISK_BLOCKING) && !(BPF_CORE_READ(file, f_flags) & O_NONBLOCK));
 }
 
 #endif

@@ -157,13 +157,13 @@ var mutations = []mutation{
 	{
 		name: "blocking listeners",
 		file: "datapath.bpf.c",
-		old:  "	else if (!(pod->accepted & RISK_BLOCKING) && blocking(BPF_CORE_READ(listener, sk_socket)))\n		c.refusal = CONNECTION_BLOCKING;\n",
+		old:  "	else if (blocking(pod, BPF_CORE_READ(listener, sk_socket)))\n		c.refusal = CONNECTION_BLOCKING;\n",
 		test: "^TestBlockingSockets$",
 	},
 	{
 		name: "blocking clients",
 		file: "datapath.bpf.c",
-		old:  "	if (!(pod->accepted & RISK_BLOCKING) && blocking(tp->inet_conn.icsk_inet.sk.sk_socket))\n		return CONNECTION_BLOCKING;\n",
+		old:  "	if (blocking(pod, tp->inet_conn.icsk_inet.sk.sk_socket))\n		return CONNECTION_BLOCKING;\n",
 		test: "^TestBlockingSockets$",
 	},
 	{
