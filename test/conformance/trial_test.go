@@ -507,13 +507,21 @@ func (e *end) reset() {
 func (e *end) fill() {
 	const most = 256 << 20
 	refused := 0
+	deadline := time.Now().Add(patience)
 	for start := e.sent; e.sent-start < most; {
 		m, err := unix.SendmsgN(e.fd, stream(e.sent, 64<<10), nil, nil, unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL)
 		if errors.Is(err, unix.EAGAIN) {
-			// Acknowledgements that are under way make room, and so does the
-			// receiver's window while it is being shut.
-			if refused++; refused == 5 {
+			// Acknowledgements that are under way make room, on a busy machine after
+			// a long time; and so do the probes that use up the rest of the
+			// receiver's window.
+			if refused++; !e.stopped() {
+				refused = 0
+			}
+			if refused == 5 {
 				return
+			}
+			if time.Now().After(deadline) {
+				e.c.fatalf("the socket has neither room nor a shut window: %s", e.state())
 			}
 			_, err := traffic.Poll(e.fd, unix.POLLOUT, 50*time.Millisecond)
 			e.c.check(err)
@@ -524,6 +532,14 @@ func (e *end) fill() {
 		refused = 0
 	}
 	e.c.fatalf("the socket took %d bytes that nobody reads", most)
+}
+
+// stopped tells if the receiver's window keeps the end from sending: it has bytes to
+// send, and none that are under way.
+func (e *end) stopped() bool {
+	info, err := unix.GetsockoptTCPInfo(e.fd, unix.IPPROTO_TCP, unix.TCP_INFO)
+	e.c.check(err)
+	return info.Unacked == 0 && info.Notsent_bytes > 0
 }
 
 // A call is a system call on a thread of its own, which may block.
