@@ -534,12 +534,14 @@ func (e *end) fill() {
 	e.c.fatalf("the socket took %d bytes that nobody reads", most)
 }
 
-// stopped tells if the receiver's window keeps the end from sending: it has bytes to
-// send, and none that are under way.
+// stopped tells if the receiver keeps the end from sending: its window is shut, or what
+// it was sent is acknowledged and the rest does not fit the window, or it drops what it
+// is sent, as it does where redirected bytes fill its buffer.
 func (e *end) stopped() bool {
+	const unanswered = 6 // retransmissions: more than a second
 	info, err := unix.GetsockoptTCPInfo(e.fd, unix.IPPROTO_TCP, unix.TCP_INFO)
 	e.c.check(err)
-	return info.Unacked == 0 && info.Notsent_bytes > 0
+	return info.Snd_wnd == 0 || info.Unacked == 0 && info.Notsent_bytes > 0 || info.Backoff >= unanswered
 }
 
 // A call is a system call on a thread of its own, which may block.
