@@ -107,6 +107,17 @@ test-vm: ## Run tests on other kernels under QEMU: KERNEL=6.1, or all; needs apt
 	$(call say,VM,$(or $(KERNEL),'all kernels'))
 	$(Q)$(GO) run ./test/vm $(if $(KERNEL),-kernel $(KERNEL)) $(VMFLAGS)
 
+# The tiers that docs/support.md is made of: what is not run again stays as it is there.
+TIERS ?= integration runtimes vm
+.PHONY: support
+support: ## As root: run the tests on runtimes and kernels, and write docs/support.md; needs apt
+	$(Q)rm -rf .cache/support && mkdir -p .cache/support
+	$(Q)for t in $(TIERS); do \
+		$(GO) run ./test/summary -dir .cache/support -allow .ci/allowed-skips step $$t $(MAKE) test-$$t || exit; \
+	done
+	$(call say,GENERATE,docs/support.md)
+	$(Q)$(GO) run ./test/summary -dir .cache/support support docs
+
 .PHONY: test-mutation
 test-mutation: clang ## Take the datapath's rules out one by one; a test must fail for each (long)
 	$(call say,MUTATE,bpf)

@@ -31,17 +31,21 @@ func TestWays(t *testing.T) {
 		s.attached(client, true)
 
 		s.accelerated(c, at(server.ip, 80), client, server)
+		s.works("pod IP")
 		s.accelerated(c, at(server.ip6, 80), client, server)
-		for _, o := range []node.ServiceOptions{
-			{IP: netip.MustParseAddr("10.96.0.1"), Port: 81, Backend: netip.MustParseAddr(server.ip), BackendPort: 80, Masquerade: true},
-			{IP: netip.MustParseAddr("fd00:96::1"), Port: 81, Backend: netip.MustParseAddr(server.ip6), BackendPort: 80, Masquerade: true},
+		s.works("pod IP, IPv6")
+		for what, o := range map[string]node.ServiceOptions{
+			"Service":       {IP: netip.MustParseAddr("10.96.0.1"), Port: 81, Backend: netip.MustParseAddr(server.ip), BackendPort: 80, Masquerade: true},
+			"Service, IPv6": {IP: netip.MustParseAddr("fd00:96::1"), Port: 81, Backend: netip.MustParseAddr(server.ip6), BackendPort: 80, Masquerade: true},
 		} {
 			service := must(s.AddService(o))(s.t)
 			s.accelerated(c, at(o.IP.String(), 81), client, server)
 			check(s.t, service.Close())
+			s.works(what)
 		}
 		// The bridge's address is the node's.
 		s.accelerated(c, at("10.85.0.1", 8080), client, server)
+		s.works("hostPort")
 	})
 }
 
@@ -54,11 +58,13 @@ func TestContainersOfOnePod(t *testing.T) {
 		s.waitOpen()
 		s.accelerated(c, at("127.0.0.1", 80), p)
 		s.accelerated(c, at("::1", 80), p)
+		s.works("two containers of one pod")
 
 		// A container that is restarted is in the pod's cgroup again.
 		check(s.t, server.Remove(t.Context()))
 		p.run("serve", 1, "serve", "80")
 		s.accelerated(c, at("127.0.0.1", 80), p)
+		s.works("restart of a container")
 	})
 }
 
@@ -74,8 +80,10 @@ func TestAnnotations(t *testing.T) {
 		c := client.run("talk", 0, "pause")
 		s.accelerated(c, at(server.ip, 80), client, server)
 		s.plain(c, at(server.ip, 81))
+		s.works("excluded port, by annotation: plain")
 		s.plain(out.run("talk", 0, "pause"), at(server.ip, 80))
 		s.attached(out, false)
+		s.works("opt-out, by annotation: plain")
 	})
 }
 
@@ -97,6 +105,7 @@ func TestRemoval(t *testing.T) {
 		if records := s.records(); len(records) != 2 {
 			s.t.Errorf("attachments of %d pods are recorded, want 2", len(records))
 		}
+		s.works("deletion of a pod: nothing left")
 	})
 }
 
@@ -114,6 +123,7 @@ func TestRestartOfTheRuntime(t *testing.T) {
 		s.accelerated(c, at(server.ip, 80), client, server)
 		later := s.pod("later", cri.PodOptions{})
 		s.accelerated(later.run("talk", 0, "pause"), at(server.ip, 80), later, server)
+		s.works("restart of the runtime, pods running")
 	})
 }
 
@@ -130,6 +140,7 @@ func TestReboot(t *testing.T) {
 		server.run("serve", 0, "serve", "80")
 		s.waitOpen()
 		s.accelerated(client.run("talk", 0, "pause"), at(server.ip, 80), client, server)
+		s.works("reboot: no pins, late DELs")
 	})
 }
 
@@ -160,6 +171,7 @@ func TestManyPodsAtOnce(t *testing.T) {
 		a, b := pods[0], pods[count-1]
 		a.run("serve", 0, "serve", "80")
 		s.accelerated(b.run("talk", 0, "pause"), at(a.ip, 80), a, b)
+		s.works("50 pods at once")
 	})
 }
 

@@ -8,14 +8,18 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/skipstack/skipstack/plugin/datapath"
+	"github.com/skipstack/skipstack/plugin/verdict"
 	"github.com/skipstack/skipstack/test/node"
+	"github.com/skipstack/skipstack/test/report"
 	"github.com/skipstack/skipstack/test/runtimes/containerd"
 	"github.com/skipstack/skipstack/test/runtimes/cri"
 )
@@ -70,7 +74,38 @@ func newSite(t *testing.T, p *containerd.Programs) *site {
 	s.client = must(cri.Dial(s.daemon.Socket(), filepath.Join(dir, "logs")))(t)
 	t.Cleanup(func() { check(t, s.client.Close()) })
 	wait(t, func() error { return s.client.NetworkReady(t.Context()) })
+	t.Attr(report.AttrRuntime, fmt.Sprintf("containerd %s, runc %s", p.Version, must(runcVersion(t.Context(), p))(t)))
+	t.Attr(report.AttrCgroups, must(cgroups())(t))
 	return s
+}
+
+// works says for docs/support.md what the test has seen so far.
+func (s *site) works(what string) {
+	if !s.t.Failed() {
+		s.t.Attr(report.AttrWorks, what)
+	}
+}
+
+func runcVersion(ctx context.Context, p *containerd.Programs) (string, error) {
+	cmd := exec.CommandContext(ctx, "env", "runc", "--version")
+	cmd.Env = []string{"PATH=" + p.Path}
+	out, err := cmd.Output()
+	if f := strings.Fields(string(out)); err == nil && len(f) >= 3 {
+		return f[2], nil
+	}
+	return "", fmt.Errorf("runc --version says %q, %w", out, err)
+}
+
+// cgroups says what the runtimes see. runc needs controllers of cgroup v2 where
+// there is no v1, and a controller that is bound to v1 on the machine is to be had
+// in no private view: so these tests run in whatever view the machine has. Package
+// test/cni runs the plugin in both.
+func cgroups() (string, error) {
+	v1, err := hierarchies()
+	if len(v1) > 0 {
+		return "hybrid: v1 and v2", err
+	}
+	return "v2", err
 }
 
 // start starts the runtime in the node's network namespace.
@@ -166,15 +201,15 @@ func (p *pod) run(name string, attempt uint32, args ...string) *cri.Container {
 	return must(p.Start(p.s.t.Context(), name, attempt, containerd.Image, args...))(p.s.t)
 }
 
-// report is what peer's talk prints.
-type report struct{ Bytes, SentByTCP, ReceivedByTCP uint64 }
+// A conversation is what peer's talk prints.
+type conversation struct{ Bytes, SentByTCP, ReceivedByTCP uint64 }
 
 const messages = 500
 
 // talk lets a program in the container talk to a server, which may be starting.
-func (s *site) talk(c *cri.Container, addr string) report {
+func (s *site) talk(c *cri.Container, addr string) conversation {
 	s.t.Helper()
-	var r report
+	var r conversation
 	wait(s.t, func() error { return c.Run(s.t.Context(), &r, "/peer", "talk", addr, strconv.Itoa(messages)) })
 	return r
 }
@@ -231,6 +266,8 @@ func (s *site) waitOpen() {
 		}
 		return err
 	})
+	v := must(verdict.Cached(s.RunDir))(s.t)
+	s.t.Attr(report.AttrVerdict, report.Verdict(string(v.Level), v.Risks.Names()))
 }
 
 // attached checks which pods' cgroups have links.

@@ -2,6 +2,7 @@
 //
 //	summary [-dir D] [-allow FILE] step NAME COMMAND...   # run a step
 //	summary [-dir D] table                                # all steps in one table
+//	summary [-dir D] support DOCS                         # what is supported, by the steps
 //
 // A step's command gets the name of a file in the environment ([report.Env]). It may
 // write there what came of its tests, or print the output of `go test -json`, of which
@@ -65,8 +66,11 @@ func run(args []string, out, errs io.Writer) int {
 		}
 	case len(rest) == 1 && rest[0] == "table":
 		good, err = table(*dir, out)
+	case len(rest) == 2 && rest[0] == "support":
+		err = writeSupport(*dir, rest[1])
+		good = err == nil
 	default:
-		fmt.Fprintln(errs, "usage: summary [-dir D] [-allow FILE] step NAME COMMAND... | table")
+		fmt.Fprintln(errs, "usage: summary [-dir D] [-allow FILE] step NAME COMMAND... | table | support DOCS")
 		return usage
 	}
 	if err != nil {
@@ -225,13 +229,15 @@ func seconds(s float64) string {
 	return d.Round(time.Second).String()
 }
 
+var errNoStep = errors.New("no step was run")
+
 func readSteps(dir string) ([]step, error) {
 	files, err := filepath.Glob(filepath.Join(dir, "*.json"))
 	if err != nil {
 		return nil, err
 	}
 	if len(files) == 0 {
-		return nil, fmt.Errorf("%s has no step", dir)
+		return nil, fmt.Errorf("%s: %w", dir, errNoStep)
 	}
 	var steps []step
 	for _, path := range files {

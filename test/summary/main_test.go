@@ -151,6 +151,6 @@ func TestUsage(t *testing.T) {
 	for _, args := range [][]string{{}, {"step"}, {"step", "x"}, {"table", "y"}, {"-no-such-flag"}} {
 		call(t, usage, args...)
 	}
-	contains(t, call(t, failed, "-dir", t.TempDir(), "table"), "has no step")
+	contains(t, call(t, failed, "-dir", t.TempDir(), "table"), "no step was run")
 	contains(t, call(t, failed, "-dir", t.TempDir(), "-allow", write(t, "allow", "bpf TestB"), "step", "x", "true"), "want package, test and reason")
 }
