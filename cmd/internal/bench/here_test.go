@@ -14,6 +14,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/skipstack/skipstack/plugin/attachment"
 	"github.com/skipstack/skipstack/test/node"
 )
 
@@ -131,6 +132,24 @@ func TestHereModeOff(t *testing.T) {
 	cmd := program(hereArgs(conflist)...)
 	out, _ := cmd.CombinedOutput()
 	if code := cmd.ProcessState.ExitCode(); code != ExitUsage || !bytes.Contains(out, []byte("mode is off")) || bytes.Contains(out, []byte("making")) {
+		t.Errorf("exit code %d\n%s", code, out)
+	}
+	clean(t, n, leases)
+}
+
+// TestHereBusy: a pod that the plugin had no time to accelerate is added again.
+func TestHereBusy(t *testing.T) {
+	conflist, n, leases := machine(t, "auto")
+	lock, err := attachment.NewStore(n.RunDir).Lock(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, code := disturbedHere(t, conflist, "trying again", func(int) {
+		if err := lock.Unlock(); err != nil {
+			t.Error(err)
+		}
+	})
+	if code != ExitProven || !strings.Contains(out, "was not accelerated in time (busy: ") {
 		t.Errorf("exit code %d\n%s", code, out)
 	}
 	clean(t, n, leases)
