@@ -112,7 +112,7 @@ func (p *program) measure(ctx context.Context) (err error) {
 	var results []Result
 	for _, e := range experiments {
 		fmt.Fprintln(os.Stderr, "loadtools:", e.tool, e.name)
-		r := Result{Tool: e.tool, Experiment: e.name, Unit: e.unit, MessageBytes: e.messageBytes}
+		r := Result{Tool: e.tool, Experiment: e.name, Unit: e.unit}
 		if r.Version, err = pods.version(ctx, e.tool); err != nil {
 			return err
 		}
@@ -137,7 +137,8 @@ func (p *program) measure(ctx context.Context) (err error) {
 				if err != nil {
 					return fmt.Errorf("%s: %w", e.name, err)
 				}
-				own[i].Plain, own[i].Accelerated = append(own[i].Plain, plain), append(own[i].Accelerated, accelerated)
+				own[i].add(false, plain)
+				own[i].add(true, accelerated)
 			}
 		}
 		results = append(results, own[0], own[1], r)
@@ -159,24 +160,27 @@ func (p *program) measure(ctx context.Context) (err error) {
 
 // A Result is what a tool said of one experiment, run by run.
 type Result struct {
-	Tool         string    `json:"tool"`
-	Version      string    `json:"version"`
-	Experiment   string    `json:"experiment"` // as `skipstack bench` calls the point
-	Unit         string    `json:"unit"`
-	MessageBytes int       `json:"message_bytes,omitempty"` // where the unit is bytes
-	Plain        []float64 `json:"plain"`
-	Accelerated  []float64 `json:"accelerated"`
-	// The part of the CPU time of client and server that they spent in user mode; none
-	// of the bench, whose generators do nothing there.
-	PlainUser       []float64 `json:"plain_user,omitempty"`
-	AcceleratedUser []float64 `json:"accelerated_user,omitempty"`
+	Tool        string    `json:"tool"`
+	Version     string    `json:"version"`
+	Experiment  string    `json:"experiment"` // as `skipstack bench` calls the point
+	Unit        string    `json:"unit"`
+	Plain       []float64 `json:"plain"`
+	Accelerated []float64 `json:"accelerated"`
+	// Seconds of CPU time of client and server for each message or transaction, and the
+	// part of it in user mode; of the bench that is not known, and 0.
+	PlainCPU        []float64 `json:"plain_cpu_s"`
+	AcceleratedCPU  []float64 `json:"accelerated_cpu_s"`
+	PlainUser       []float64 `json:"plain_user"`
+	AcceleratedUser []float64 `json:"accelerated_user"`
 }
 
 func (r *Result) add(accelerated bool, s sample) {
 	if accelerated {
 		r.Accelerated, r.AcceleratedUser = append(r.Accelerated, s.rate), append(r.AcceleratedUser, s.user)
+		r.AcceleratedCPU = append(r.AcceleratedCPU, s.cpu)
 	} else {
 		r.Plain, r.PlainUser = append(r.Plain, s.rate), append(r.PlainUser, s.user)
+		r.PlainCPU = append(r.PlainCPU, s.cpu)
 	}
 }
 

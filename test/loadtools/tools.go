@@ -26,7 +26,7 @@ type experiment struct {
 	port             int
 	server           []string
 	client           func(server netip.Addr) []string
-	parse            func(output []byte) (float64, error)
+	parse            func(output []byte) (rate, messages float64, err error)
 }
 
 const (
@@ -45,22 +45,23 @@ func iperf(bytes int) experiment {
 		client: func(server netip.Addr) []string {
 			return []string{"-c", server.String(), "-t", "1", "-l", strconv.Itoa(bytes), "-J"}
 		},
-		parse: func(output []byte) (float64, error) {
+		parse: func(output []byte) (rate, messages float64, err error) {
 			var report struct {
 				End struct {
 					Received struct {
-						Bits float64 `json:"bits_per_second"`
+						Bits  float64 `json:"bits_per_second"`
+						Bytes float64 `json:"bytes"`
 					} `json:"sum_received"`
 				}
 				Error string
 			}
 			if err := json.Unmarshal(output, &report); err != nil {
-				return 0, err
+				return 0, 0, err
 			}
 			if report.Error != "" || report.End.Received.Bits == 0 {
-				return 0, fmt.Errorf("iperf3 says %q, %v bit/s", report.Error, report.End.Received.Bits)
+				return 0, 0, fmt.Errorf("iperf3 says %q, %v bit/s", report.Error, report.End.Received.Bits)
 			}
-			return report.End.Received.Bits / 8, nil
+			return report.End.Received.Bits / 8, report.End.Received.Bytes / float64(bytes), nil
 		},
 	}
 }
@@ -73,20 +74,24 @@ var sockperf = experiment{
 	client: func(server netip.Addr) []string {
 		return []string{"ping-pong", "--tcp", "-i", server.String(), "-p", strconv.Itoa(sockperfPort), "-m", "64", "-t", "1"}
 	},
-	parse: func(output []byte) (float64, error) {
-		m := half.FindSubmatch(output)
-		if m == nil {
-			return 0, fmt.Errorf("sockperf names no latency: %s", output)
+	parse: func(output []byte) (rate, messages float64, err error) {
+		m, sent := half.FindSubmatch(output), sentMessages.FindSubmatch(output)
+		if m == nil || sent == nil {
+			return 0, 0, fmt.Errorf("sockperf names no latency, or no messages: %s", output)
 		}
 		usec, err := strconv.ParseFloat(string(m[1]), 64)
 		if err != nil || usec <= 0 {
-			return 0, fmt.Errorf("a latency of %s: %w", m[1], err)
+			return 0, 0, fmt.Errorf("a latency of %s: %w", m[1], err)
 		}
-		return 1e6 / (2 * usec), nil
+		messages, err = strconv.ParseFloat(string(sent[1]), 64)
+		return 1e6 / (2 * usec), messages, err
 	},
 }
 
 var half = regexp.MustCompile(`Latency is (?:\x1b\[[0-9;]*m)*([0-9.]+) usec`)
+
+// sentMessages are all; a line before it has those of the time that counts.
+var sentMessages = regexp.MustCompile(`\[Total Run\].*SentMessages=([0-9]+)`)
 
 // A pair is two pods of a private node, both accelerated for processes in their cgroups.
 type pair struct {
@@ -153,7 +158,8 @@ func (p *pair) version(ctx context.Context, tool string) (string, error) {
 // A sample is what one run of a tool gave.
 type sample struct {
 	rate float64
-	user float64 // the part of the CPU time in user mode
+	cpu  float64 // seconds of CPU time for each message, both sides
+	user float64 // the part of it in user mode
 }
 
 // run runs a tool's server and client on the last CPU.
@@ -162,71 +168,76 @@ func (p *pair) run(ctx context.Context, e experiment, accelerated bool) (s sampl
 	if err != nil {
 		return s, err
 	}
-	client, rate, err := p.drive(ctx, e, accelerated)
+	client, rate, messages, err := p.drive(ctx, e, accelerated)
 	if err := errors.Join(err, server.Kill()); err != nil {
 		return s, err
 	}
 	user := client.ProcessState.UserTime() + serving.ProcessState.UserTime()
 	system := client.ProcessState.SystemTime() + serving.ProcessState.SystemTime()
-	return sample{rate, user.Seconds() / (user + system).Seconds()}, nil
+	total := (user + system).Seconds()
+	return sample{rate, total / messages, user.Seconds() / total}, nil
 }
 
 // drive runs a tool's client against the server that has been started.
-func (p *pair) drive(ctx context.Context, e experiment, accelerated bool) (client *exec.Cmd, rate float64, err error) {
+func (p *pair) drive(ctx context.Context, e experiment, accelerated bool) (client *exec.Cmd, rate, messages float64, err error) {
 	if err := p.listens(ctx, e.port); err != nil {
-		return nil, 0, err
+		return nil, 0, 0, err
 	}
 	before, err := p.redirected()
 	if err != nil {
-		return nil, 0, err
+		return nil, 0, 0, err
 	}
 	addr, _ := p.server.Addr(false)
 	var out bytes.Buffer
 	client, process, err := p.start(p.client, e, accelerated, &out, e.client(addr))
 	if err != nil {
-		return nil, 0, err
+		return nil, 0, 0, err
 	}
 	if err := process.Wait(); err != nil {
-		return nil, 0, fmt.Errorf("%w: %s", err, out.Bytes())
+		return nil, 0, 0, fmt.Errorf("%w: %s", err, out.Bytes())
 	}
 	after, err := p.redirected()
 	if err == nil && accelerated != (after > before) {
 		err = fmt.Errorf("accelerated %v, though %d bytes were redirected", accelerated, after-before)
 	}
 	if err != nil {
-		return nil, 0, err
+		return nil, 0, 0, err
 	}
-	rate, err = e.parse(out.Bytes())
-	return client, rate, err
+	rate, messages, err = e.parse(out.Bytes())
+	return client, rate, messages, err
 }
 
-// bench lets skipstack bench measure an experiment, and returns its two medians.
-func bench(ctx context.Context, e experiment, sockets, congestion string) (plain, accelerated float64, err error) {
+// bench lets skipstack bench measure an experiment, and returns what it says.
+func bench(ctx context.Context, e experiment, sockets, congestion string) (plain, accelerated sample, err error) {
 	args := append([]string{"bench", "--quick", "--max-pairs=5", "--json=-", "--sockets=" + sockets, "--congestion-control=" + congestion, "--cni-path=" + node.ProgramDir()}, e.bench...)
 	var out, said bytes.Buffer
 	cmd := exec.CommandContext(ctx, filepath.Join(node.ProgramDir(), "skipstack"), args...)
 	cmd.Stdout, cmd.Stderr = &out, &said
 	if err := cmd.Run(); err != nil {
-		return 0, 0, fmt.Errorf("skipstack bench: %w: %s", err, said.Bytes())
+		return plain, accelerated, fmt.Errorf("skipstack bench: %w: %s", err, said.Bytes())
 	}
 	type figures struct {
 		Bytes        float64 `json:"throughput_bytes_per_s"`
 		Transactions float64 `json:"transactions_per_s"`
+		PerGB        float64 `json:"cpu_s_per_gb"`
+		Per100k      float64 `json:"cpu_s_per_100k_transactions"`
 	}
 	var report struct {
 		Points []struct{ Plain, Accelerated figures }
 	}
 	if err := json.Unmarshal(out.Bytes(), &report); err != nil {
-		return 0, 0, fmt.Errorf("skipstack bench: %w", err)
+		return plain, accelerated, fmt.Errorf("skipstack bench: %w", err)
 	}
 	if len(report.Points) != 1 {
-		return 0, 0, fmt.Errorf("skipstack bench measured %d points, not 1", len(report.Points))
+		return plain, accelerated, fmt.Errorf("skipstack bench measured %d points, not 1", len(report.Points))
 	}
-	p := report.Points[0]
-	if e.messageBytes > 0 {
-		return p.Plain.Bytes, p.Accelerated.Bytes, nil
+	of := func(f figures) sample {
+		if e.messageBytes > 0 {
+			return sample{rate: f.Bytes, cpu: f.PerGB * float64(e.messageBytes) / 1e9}
+		}
+		return sample{rate: f.Transactions, cpu: f.Per100k / 1e5}
 	}
-	return p.Plain.Transactions, p.Accelerated.Transactions, nil
+	return of(report.Points[0].Plain), of(report.Points[0].Accelerated), nil
 }
 
 func (p *pair) start(pod *node.Pod, e experiment, accelerated bool, out *bytes.Buffer, args []string) (*exec.Cmd, *node.Process, error) {

@@ -10,31 +10,32 @@ import (
 // A toolResult is what test/loadtools writes, for a tool or for the bench.
 type toolResult struct {
 	Tool, Version, Experiment, Unit string
-	MessageBytes                    int `json:"message_bytes"`
 	Plain, Accelerated              []float64
+	PlainCPU                        []float64 `json:"plain_cpu_s"`
+	AcceleratedCPU                  []float64 `json:"accelerated_cpu_s"`
 	PlainUser                       []float64 `json:"plain_user"`
 	AcceleratedUser                 []float64 `json:"accelerated_user"`
 }
 
-// micros is the time of a message or transaction at the median of rates.
-func (t toolResult) micros(rates []float64) float64 {
-	return float64(max(1, t.MessageBytes)) / median(rates) * 1e6
-}
+// micros is the CPU time of a message or transaction in µs.
+func micros(seconds []float64) float64 { return median(seconds) * 1e6 }
 
-// user is how much of that is spent in the tool itself.
-func (t toolResult) user(rates, parts []float64) string {
-	if len(parts) == 0 {
-		return ""
+// user is how much of that the tool itself spends; nothing is known of the bench.
+func user(seconds, parts []float64) string {
+	if part := median(parts); part > 0 {
+		return fmt.Sprintf("%.2f", micros(seconds)*part)
 	}
-	return fmt.Sprintf("%.2f", t.micros(rates)*median(parts))
+	return ""
 }
 
 // writeTools sets what tools measured beside what the bench did in between.
 func writeTools(w io.Writer, results []toolResult) error {
 	var experiments []string
 	for _, t := range results {
-		if len(t.Plain) == 0 || len(t.Accelerated) == 0 || median(t.Plain) <= 0 || median(t.Accelerated) <= 0 {
-			return fmt.Errorf("%s: no runs of %s", t.Version, t.Experiment)
+		for _, v := range [][]float64{t.Plain, t.Accelerated, t.PlainCPU, t.AcceleratedCPU} {
+			if median(v) <= 0 {
+				return fmt.Errorf("%s: no runs of %s", t.Version, t.Experiment)
+			}
 		}
 		if !slices.Contains(experiments, t.Experiment) {
 			experiments = append(experiments, t.Experiment)
@@ -48,8 +49,8 @@ func writeTools(w io.Writer, results []toolResult) error {
 			}
 			plain, accelerated := median(t.Plain), median(t.Accelerated)
 			fmt.Fprintf(w, "| %s | %s | %.3g | %.3g | %.2f | %.2f | %.2f | %s | %s |\n", e+", "+t.Unit, t.Version,
-				plain, accelerated, accelerated/plain, t.micros(t.Plain), t.micros(t.Accelerated),
-				t.user(t.Plain, t.PlainUser), t.user(t.Accelerated, t.AcceleratedUser))
+				plain, accelerated, accelerated/plain, micros(t.PlainCPU), micros(t.AcceleratedCPU),
+				user(t.PlainCPU, t.PlainUser), user(t.AcceleratedCPU, t.AcceleratedUser))
 		}
 	}
 	fmt.Fprintln(w)
@@ -64,15 +65,17 @@ func writeTools(w io.Writer, results []toolResult) error {
 const toolsText = `
 ### Other tools
 
-Pod IP, one CPU; medians. The tools and the bench measured in turn. The times are those of one message or transaction,
-both sides; "in the tool" is the part of it that client and server spend in user mode, by getrusage(2).
+Pod IP, one CPU; medians. The tools and the bench measured in turn. CPU is the CPU time of one message or transaction in
+µs, of client and server, by getrusage(2) for the tools; "in the tool" is the part of it in user mode, in which the
+bench's generators do next to nothing.
 
-| experiment | by | plain | skipstack | ratio | µs, plain | µs, skipstack | in the tool, plain | in the tool, skipstack |
+| experiment | by | plain | skipstack | ratio | CPU, plain | CPU, skipstack | in the tool, plain | in the tool, skipstack |
 | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
 `
 
-// compare says how far the tools are from the bench with blocking sockets, which they
-// use, too: in rate, and in the time that skipstack saves of a message.
+// compare says how far a tool is from the bench with blocking sockets, which the tools
+// use, too: in the CPU time of plain TCP, which a busy machine changes less than the
+// rate, and in what skipstack saves.
 func compare(w io.Writer, experiment string, results []toolResult) error {
 	of := func(bench bool) int {
 		return slices.IndexFunc(results, func(t toolResult) bool { return t.Experiment == experiment && (t.Tool == "bench") == bench })
@@ -82,18 +85,21 @@ func compare(w io.Writer, experiment string, results []toolResult) error {
 		return fmt.Errorf("%s was not measured by both the bench and a tool", experiment)
 	}
 	b, t := results[own], results[other]
-	difference := func(theirs, ours float64) float64 { return 100 * (theirs/ours - 1) }
-	plain := difference(median(t.Plain), median(b.Plain))
+	plain := 100 * (micros(t.PlainCPU)/micros(b.PlainCPU) - 1)
 	verdict := "they agree"
 	if math.Abs(plain) > 100*agreement {
 		verdict = "they do not agree"
 	}
-	fmt.Fprintf(w, "- %s: plain TCP is %+.0f %% in %s, %s within %.0f %%. skipstack saves %.2f µs of each message there, and %.2f µs by the bench.\n",
-		experiment, plain, t.Version, verdict, 100*agreement, t.micros(t.Plain)-t.micros(t.Accelerated), b.micros(b.Plain)-b.micros(b.Accelerated))
+	fmt.Fprintf(w, "- %s: a message by plain TCP costs %+.0f %% of CPU time in %s against the bench, %s within %.0f %%. skipstack saves %.2f µs of it there, and %.2f µs by the bench.\n",
+		experiment, plain, t.Version, verdict, 100*agreement, micros(t.PlainCPU)-micros(t.AcceleratedCPU), micros(b.PlainCPU)-micros(b.AcceleratedCPU))
 	return nil
 }
 
+// median is 0 of no values.
 func median(v []float64) float64 {
+	if len(v) == 0 {
+		return 0
+	}
 	s := slices.Sorted(slices.Values(v))
 	return (s[(len(s)-1)/2] + s[len(s)/2]) / 2
 }
