@@ -24,7 +24,7 @@ func TestCgroupViews(t *testing.T) {
 	}
 	var out bytes.Buffer
 	exit, err := node.Isolate(t.Context(), node.Command{
-		Args: []string{"-test.v", "-test.run", inBothViews, "-test.timeout", "5m"}, Env: os.Environ(),
+		Args: []string{"-test.v", "-test.run", inBothViews, "-test.timeout", "10m"}, Env: os.Environ(),
 		Stdout: &out, Stderr: &out, UnifiedCgroups: true,
 	})
 	check(t, err)

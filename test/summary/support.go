@@ -204,7 +204,6 @@ var supportTemplate string
 // page renders docs/support.md.
 func (s support) page() ([]byte, error) {
 	t, err := template.New(supportPage).Funcs(template.FuncMap{
-		"suites": func() []ran { return suites },
 		"cell":   kernelResult.cell,
 		"means":  means,
 		"join":   strings.Join,
@@ -216,6 +215,13 @@ func (s support) page() ([]byte, error) {
 	var b bytes.Buffer
 	err = t.Execute(&b, s)
 	return b.Bytes(), err
+}
+
+// Suites are those of the page that some kernel ran.
+func (s support) Suites() []ran {
+	return slices.DeleteFunc(slices.Clone(suites), func(r ran) bool {
+		return !slices.ContainsFunc(s.Kernels, func(k kernelResult) bool { return k.cell(r.Name) != notRun })
+	})
 }
 
 // means says what becomes of pods under mode auto.
@@ -257,8 +263,10 @@ func (k kernelResult) cell(suite string) string {
 		}
 		return text
 	}
-	return "not run"
+	return notRun
 }
+
+const notRun = "not run"
 
 // Left is what was not run or made smaller, each thing once with the kernels of which
 // that is so.
