@@ -27,7 +27,10 @@ type APT struct {
 	Logf func(format string, args ...any) // progress; nil: none
 	// OwnRelease keeps it to the machine's own release, whose lists are soon read.
 	OwnRelease bool
-	updated    bool
+	// Arch is the packages' architecture; default the machine's own. One of another
+	// has a Dir of its own.
+	Arch    string
+	updated bool
 }
 
 // sources is the file of the sources that packages are taken from.
@@ -182,6 +185,9 @@ func (a *APT) run(ctx context.Context, cwd, list, program string, args ...string
 		"-o", "Acquire::IndexTargets::deb::DEP-11::DefaultEnabled=false",
 		"-o", "Acquire::Retries=3",
 		"-o", "APT::Sandbox::User=root", // the caller's directory may be closed to others
+	}
+	if a.Arch != "" {
+		options = append(options, "-o", "APT::Architecture="+a.Arch, "-o", "APT::Architectures="+a.Arch)
 	}
 	cmd := exec.CommandContext(ctx, program, append(options, args...)...)
 	cmd.Dir = cwd

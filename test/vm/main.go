@@ -5,6 +5,9 @@
 //	go run ./test/vm -kernel 6.1
 //	go run ./test/vm -set ci         # a part that fits into half an hour
 //
+// Time in a machine passes with the instructions that it executes, so a test of a
+// time limit means what it says, however busy the computer is, and waiting is free.
+//
 // It installs what it needs below -cache, which it makes, and nothing else on the
 // machine changes. A virtual machine has no disk and no network. The logs of a
 // kernel that failed are kept below -cache/logs; a warning or worse in the
@@ -12,7 +15,6 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"flag"
@@ -23,6 +25,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -47,14 +50,16 @@ func logf(format string, args ...any) {
 func run(ctx context.Context, args []string, out io.Writer) int {
 	flags := flag.NewFlagSet("vm", flag.ContinueOnError)
 	set := flags.String("set", setFull, "what to run: "+setFull+", or "+setCI+", which takes half an hour on two CPUs")
+	arch := flags.String("arch", machine.AMD64, "architecture: "+machine.AMD64+" or "+machine.ARM64)
 	only := flags.String("kernel", "", "comma-separated kernels, such as 6.1; all if empty")
 	tests := flags.String("test", "", "only tests whose name matches this regular expression, as go test -run has it")
 	suites := flags.String("suite", "", "only suites whose name matches this regular expression")
 	cache := flags.String("cache", ".cache/vm", "where kernels and the emulator are kept")
-	results := flags.String("json", os.Getenv(report.Env), "write the results to this file, in the format of package test/report; default $"+report.Env)
+	results := flags.String("json", "", "write the results to this file, in the format of package test/report")
 	verbose := flags.Bool("v", false, "print what passing tests say, too")
 	limit := flags.Duration("timeout", time.Hour, "how long one kernel may take")
-	parallel := flags.Int("parallel", 1, "how many virtual machines run at once")
+	parallel := flags.Int("parallel", min(runtime.NumCPU(), 4), "how many virtual machines run at once: each needs a CPU")
+	ownTime := flags.Bool("own-time", true, "let a machine's time pass with its instructions, so that a busy computer cannot disturb it")
 	cpus := flags.Int("cpus", 2, "CPUs of a virtual machine")
 	if err := flags.Parse(args); err != nil {
 		return 2
@@ -64,7 +69,7 @@ func run(ctx context.Context, args []string, out io.Writer) int {
 		logf("%v", err)
 		return 2
 	}
-	plans, err := choose(*set, *only, match, *tests)
+	plans, err := choose(*set, *arch, *only, match, *tests)
 	if err != nil {
 		logf("%v", err)
 		return 2
@@ -73,7 +78,7 @@ func run(ctx context.Context, args []string, out io.Writer) int {
 		logf("%v", err)
 		return 1
 	}
-	l := &lab{out: &lockedWriter{w: out}, verbose: *verbose, limit: *limit, cpus: *cpus}
+	l := &lab{out: &lockedWriter{w: out}, verbose: *verbose, limit: *limit, cpus: *cpus, ownTime: *ownTime, arch: *arch}
 	if l.cache, err = filepath.Abs(*cache); err != nil {
 		logf("%v", err)
 		return 1
@@ -83,7 +88,7 @@ func run(ctx context.Context, args []string, out io.Writer) int {
 		return 1
 	}
 	runs := l.all(ctx, plans, max(1, *parallel))
-	summarise(out, *set, plans, runs)
+	summarise(out, *set, *arch, plans, runs)
 	if *results != "" {
 		if err := report.Write(*results, runs); err != nil {
 			logf("%v", err)
@@ -125,7 +130,7 @@ func total(runs []report.Run) (c report.Counts) {
 
 // summarise prints a line for each kernel, what was left out or made smaller, and
 // how to run again what failed.
-func summarise(out io.Writer, set string, plans []plan, runs []report.Run) {
+func summarise(out io.Writer, set, arch string, plans []plan, runs []report.Run) {
 	fmt.Fprintln(out)
 	for i, r := range runs {
 		c := r.Count()
@@ -138,7 +143,7 @@ func summarise(out io.Writer, set string, plans []plan, runs []report.Run) {
 			fmt.Fprintf(out, "      %s\n", strings.ReplaceAll(problem, "\n", "\n      "))
 		}
 		if c.Failed+c.Unexpected > 0 {
-			fmt.Fprintf(out, "      again: go run ./test/vm -set %s -kernel %s\n", set, plans[i].kernel)
+			fmt.Fprintf(out, "      again: go run ./test/vm -set %s -arch %s -kernel %s\n", set, arch, plans[i].kernel)
 		}
 	}
 	var said []string
@@ -186,12 +191,14 @@ func (l *lockedWriter) Write(b []byte) (int, error) {
 
 // A lab has what all kernels need.
 type lab struct {
+	arch    string
 	cache   string
 	bin     string // in the cache: what is built
 	out     io.Writer
 	verbose bool
 	limit   time.Duration
 	cpus    int // of a virtual machine
+	ownTime bool
 	fetch   sync.Mutex
 	apt     *debian.APT
 	qemu    *machine.QEMU
@@ -200,21 +207,28 @@ type lab struct {
 func (l *lab) prepare(ctx context.Context, plans []plan) (err error) {
 	ctx, cancel := context.WithTimeout(ctx, 15*time.Minute)
 	defer cancel()
-	l.bin = filepath.Join(l.cache, "bin")
+	l.bin = filepath.Join(l.cache, "bin", l.arch)
 	l.apt = &debian.APT{Dir: filepath.Join(l.cache, "apt"), Logf: logf}
-	if l.qemu, err = machine.FetchQEMU(ctx, l.cache, l.apt); err != nil {
+	if l.qemu, err = machine.FetchQEMUOf(ctx, l.cache, l.apt, l.arch); err != nil {
 		return fmt.Errorf("get an emulator: %w", err)
+	}
+	if l.arch != machine.AMD64 {
+		l.apt = &debian.APT{Dir: filepath.Join(l.cache, "apt-"+l.arch), Arch: l.arch, Logf: logf}
 	}
 	return l.build(ctx, plans)
 }
 
 // build builds all programs and test binaries, static.
 func (l *lab) build(ctx context.Context, plans []plan) error {
-	if err := l.goTool(ctx, "", "build", "-o", filepath.Join(l.bin, "guest"), "./test/vm/guest"); err != nil {
+	if err := l.goTool(ctx, l.arch, "build", "-o", filepath.Join(l.bin, "guest"), "./test/vm/guest"); err != nil {
 		return err
 	}
 	for _, p := range programs {
-		if err := l.goTool(ctx, p.arch, "build", "-o", filepath.Join(l.bin, p.name), p.pkg); err != nil {
+		arch := l.arch
+		if p.compat {
+			arch = compat[l.arch]
+		}
+		if err := l.goTool(ctx, arch, "build", "-o", filepath.Join(l.bin, p.name), p.pkg); err != nil {
 			return err
 		}
 	}
@@ -225,7 +239,7 @@ func (l *lab) build(ctx context.Context, plans []plan) error {
 				continue
 			}
 			done[s.pkg] = true
-			if err := l.goTool(ctx, "", "test", "-c", "-o", filepath.Join(l.bin, binary(s.pkg)), "./"+s.pkg); err != nil {
+			if err := l.goTool(ctx, l.arch, "test", "-c", "-o", filepath.Join(l.bin, binary(s.pkg)), "./"+s.pkg); err != nil {
 				return err
 			}
 		}
@@ -235,7 +249,7 @@ func (l *lab) build(ctx context.Context, plans []plan) error {
 
 func (l *lab) goTool(ctx context.Context, arch string, args ...string) error {
 	cmd := exec.CommandContext(ctx, "go", args...)
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH="+cmp.Or(arch, "amd64"))
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH="+arch)
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return fmt.Errorf("go %s: %w\n%s", strings.Join(args, " "), err, out)
 	}
@@ -247,7 +261,7 @@ func binary(pkg string) string { return strings.ReplaceAll(pkg, "/", "-") + ".te
 // kernel runs a plan.
 func (l *lab) kernel(ctx context.Context, p plan) report.Run {
 	begin := time.Now()
-	logs := filepath.Join(l.cache, "logs", strings.TrimSpace(p.kernel+" "+p.params))
+	logs := filepath.Join(l.cache, "logs", l.arch, strings.TrimSpace(p.kernel+" "+p.params))
 	j := newJudge(p, l.out, logs, l.verbose)
 	if err := l.boot(ctx, p, logs, j); err != nil {
 		j.problem(err)
@@ -287,7 +301,7 @@ func (l *lab) boot(ctx context.Context, p plan, logs string, j *judge) error {
 	defer cancel()
 	console := filepath.Join(logs, "console")
 	err = l.qemu.Boot(boot, machine.Options{
-		Kernel: k, Params: p.params, Initramfs: initramfs, Console: console, Memory: 3072, CPUs: l.cpus,
+		Kernel: k, Params: p.params, Initramfs: initramfs, Console: console, Memory: 3072, CPUs: l.cpus, OwnTime: l.ownTime,
 	}, j.event)
 	said, readErr := machine.Complaints(console)
 	if len(said) > 0 {

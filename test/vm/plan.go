@@ -35,6 +35,7 @@ type suite struct {
 	only    string   // tests to run, as -test.run has it; all if empty
 	skip    string   // tests not to run, as -test.skip has it
 	scaled  []string // why not all tests run, or not as much of each
+	files   []string // directories of the checkout that tests read, besides their own testdata
 	program string
 	args    []string
 	timeout time.Duration
@@ -51,14 +52,20 @@ const (
 	setCI   = "ci"
 )
 
+// compat are the 32-bit architectures whose programs a kernel runs, too.
+var compat = map[string]string{machine.AMD64: "386", machine.ARM64: "arm"}
+
 // programs are what tests run on a node: CNI plugins, and a 32-bit program.
-var programs = []struct{ name, pkg, arch string }{
+var programs = []struct {
+	name, pkg string
+	compat    bool
+}{
 	{name: "skipstack", pkg: "./cmd/skipstack"},
 	{name: "bridge", pkg: "github.com/containernetworking/plugins/plugins/main/bridge"},
 	{name: "ptp", pkg: "github.com/containernetworking/plugins/plugins/main/ptp"},
 	{name: "host-local", pkg: "github.com/containernetworking/plugins/plugins/ipam/host-local"},
 	{name: "portmap", pkg: "github.com/containernetworking/plugins/plugins/meta/portmap"},
-	{name: "compat", pkg: "./test/vm/compat", arch: "386"},
+	{name: "compat", pkg: "./test/vm/compat", compat: true},
 }
 
 // programDir is where the virtual machine has them.
@@ -80,7 +87,14 @@ const (
 
 // plans are what to do on all kernels. Linux 5.15 and 6.6 are not among them: no
 // suite of Debian serves them.
-func plans(set string) []plan {
+func plans(set, arch string) []plan {
+	if arch == machine.ARM64 {
+		return []plan{{kernel: "6.12", modules: network, suites: []suite{
+			loads, judged(verdict.Safe, none, datapath.GuardLSM),
+			{pkg: "test/datapath", timeout: 20 * time.Minute, only: alternatives("TestGoProxies", "TestSpliceIsRefused", "TestReset"),
+				scaled: []string{"what depends on the architecture: the splice guard's system call numbers"}},
+		}}}
+	}
 	return []plan{
 		{kernel: "5.10", modules: network, suites: []suite{refused, judged(verdict.Unsupported, 0, datapath.NoGuard), {
 			pkg: "test/cni", timeout: 5 * time.Minute, only: "^TestUnsupported$", scaled: []string{"the other tests need a kernel that is supported"},
@@ -106,7 +120,7 @@ func on(set string, level verdict.Level, risks datapath.Risk) []suite {
 		{pkg: "test/conformance", timeout: 30 * time.Minute,
 			skip:   "^TestConformance$/^(Streams|Scale)$/^(4_GiB_and_more|10000_connections|connect_and_close,_2000_times)$",
 			scaled: []string{"so many bytes and connections take too long where every instruction is emulated"}},
-		{pkg: "test/cni", timeout: 20 * time.Minute, only: alternatives(
+		{pkg: "test/cni", timeout: 20 * time.Minute, files: []string{"conf"}, only: alternatives(
 			"TestSpliceGuard",
 			"TestConflists", "TestChainOfEveryVersion", "TestRoutes", "TestTwoNetworks", // through libcni, with veth and a bridge
 			"TestCRIO", "TestPodUID", // cgroups as systemd and kubelets call them
@@ -223,12 +237,15 @@ func (s suite) name() string {
 
 // choose returns the plans for the kernels, and of those the suites whose name
 // matches. If tests is not empty, they are the tests to run in each suite.
-func choose(set, only string, match *regexp.Regexp, tests string) ([]plan, error) {
+func choose(set, arch, only string, match *regexp.Regexp, tests string) ([]plan, error) {
 	if set != setFull && set != setCI {
 		return nil, fmt.Errorf("no set %q", set)
 	}
+	if compat[arch] == "" {
+		return nil, fmt.Errorf("no plan for architecture %q", arch)
+	}
 	var all []plan
-	for _, p := range plans(set) {
+	for _, p := range plans(set, arch) {
 		some := p
 		some.suites = nil
 		for _, s := range p.suites {
@@ -317,8 +334,10 @@ func (l *lab) pack(ctx context.Context, k *machine.Kernel, p plan, path string) 
 				if err := add(filepath.Join(l.bin, binary(suite.pkg)), file); err != nil {
 					return err
 				}
-				if err := addTree(a, filepath.Join(suite.pkg, "testdata"), dir+"/testdata"); err != nil {
-					return err
+				for _, files := range append([]string{filepath.Join(suite.pkg, "testdata")}, suite.files...) {
+					if err := addTree(a, files, filepath.Join("src", files)); err != nil {
+						return err
+					}
 				}
 			}
 		}

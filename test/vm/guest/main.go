@@ -240,18 +240,18 @@ type events struct {
 }
 
 func (o *events) open() error {
-	f, err := os.OpenFile(job.ResultPort, os.O_RDWR|unix.O_NOCTTY, 0)
+	f, err := os.OpenFile(job.ResultPort(), os.O_RDWR|unix.O_NOCTTY, 0)
 	if err != nil {
 		return err
 	}
 	t, err := unix.IoctlGetTermios(int(f.Fd()), unix.TCGETS)
 	if err != nil {
-		return fmt.Errorf("%s: %w", job.ResultPort, err)
+		return fmt.Errorf("%s: %w", job.ResultPort(), err)
 	}
 	t.Oflag &^= unix.OPOST
 	t.Lflag &^= unix.ECHO | unix.ICANON | unix.ISIG
 	if err := unix.IoctlSetTermios(int(f.Fd()), unix.TCSETS, t); err != nil {
-		return fmt.Errorf("%s: %w", job.ResultPort, err)
+		return fmt.Errorf("%s: %w", job.ResultPort(), err)
 	}
 	o.w = f
 	return nil

@@ -4,13 +4,21 @@
 // the other's lines.)
 package job
 
-import "time"
+import (
+	"runtime"
+	"time"
+)
 
 // ScriptPath is where the initramfs has the [Script], in JSON, and the disk its own.
 const ScriptPath = "/script.json"
 
 // ResultPort is the serial port that carries events, one JSON object a line.
-const ResultPort = "/dev/ttyS1"
+func ResultPort() string {
+	if runtime.GOARCH == "arm64" {
+		return "/dev/ttyAMA1"
+	}
+	return "/dev/ttyS1"
+}
 
 // A Script is what the virtual machine does before it powers off.
 type Script struct {

@@ -2,6 +2,7 @@ package machine
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"debug/elf"
 	"errors"
@@ -26,9 +27,14 @@ type Kernel struct {
 }
 
 // FetchKernel returns the newest Debian cloud kernel of a series such as 6.1, or
-// of a major version. One that was fetched before is used as it is.
+// of a major version, for the architecture of apt's packages. One that was fetched
+// before is used as it is.
 func FetchKernel(ctx context.Context, cache string, a *debian.APT, series string) (*Kernel, error) {
+	arch := cmp.Or(a.Arch, AMD64)
 	dir := filepath.Join(cache, "kernel-"+series)
+	if arch != AMD64 {
+		dir += "-" + arch
+	}
 	if k, err := openKernel(dir); err == nil {
 		return k, nil
 	} else if !errors.Is(err, fs.ErrNotExist) {
@@ -38,7 +44,7 @@ func FetchKernel(ctx context.Context, cache string, a *debian.APT, series string
 		return nil, err
 	}
 	// The first has the image up to 6.18, the others since.
-	const suffix = `[.].*-cloud-amd64$`
+	suffix := `[.].*-cloud-` + arch + `$`
 	best, err := a.Newest(ctx, "^linux-(image|binary)-"+regexp.QuoteMeta(series)+suffix)
 	if err != nil {
 		return nil, err

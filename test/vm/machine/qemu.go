@@ -15,6 +15,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -24,8 +25,36 @@ import (
 	"github.com/skipstack/skipstack/test/vm/job"
 )
 
+// Architectures that can be emulated, as Go and Debian call them.
+const (
+	AMD64 = "amd64"
+	ARM64 = "arm64"
+)
+
+// A computer is what QEMU imitates.
+type computer struct {
+	program, pkg string // of QEMU and of Debian
+	args         []string
+	console      string // the kernel's name of the first serial port
+	params       string // of the kernel
+}
+
+// Mitigations, and a clock that is checked, cost much under emulation. On a busy
+// machine the check of the timer fails, which is a panic.
+var computers = map[string]computer{
+	AMD64: {
+		program: "qemu-system-x86_64", pkg: "qemu-system-x86", args: []string{"-M", "pc", "-cpu", "max"},
+		console: "ttyS0", params: "mitigations=off tsc=unstable no_timer_check",
+	},
+	ARM64: {
+		program: "qemu-system-aarch64", pkg: "qemu-system-arm", args: []string{"-M", "virt", "-cpu", "cortex-a72"},
+		console: "ttyAMA0", params: "mitigations=off",
+	},
+}
+
 // QEMU is an emulator with its firmware.
 type QEMU struct {
+	computer
 	path string
 	args []string
 	env  []string
@@ -51,18 +80,31 @@ func (q *QEMU) works(ctx context.Context) bool {
 	return err == nil && major >= oldestQEMU
 }
 
-// FetchQEMU finds the machine's own emulator or, if that is missing or too old,
-// unpacks one into the cache.
+// FetchQEMU finds the machine's own emulator of its own architecture or, if that is
+// missing or too old, unpacks one into the cache.
 func FetchQEMU(ctx context.Context, cache string, a *debian.APT) (*QEMU, error) {
-	if path, err := exec.LookPath("qemu-system-x86_64"); err == nil {
-		if q := (&QEMU{path: path, env: os.Environ()}); q.works(ctx) {
+	return FetchQEMUOf(ctx, cache, a, AMD64)
+}
+
+// FetchQEMUOf is [FetchQEMU] for another architecture.
+func FetchQEMUOf(ctx context.Context, cache string, a *debian.APT, arch string) (*QEMU, error) {
+	c, ok := computers[arch]
+	if !ok {
+		return nil, fmt.Errorf("no emulator of %q is known", arch)
+	}
+	if path, err := exec.LookPath(c.program); err == nil {
+		if q := (&QEMU{computer: c, path: path, env: os.Environ()}); q.works(ctx) {
 			return q, nil
 		}
 	}
 	dir := filepath.Join(cache, "qemu")
+	if arch != AMD64 {
+		dir += "-" + arch
+	}
 	q := &QEMU{
-		path: filepath.Join(dir, "usr/bin/qemu-system-x86_64"),
-		args: []string{"-L", filepath.Join(dir, "usr/share/qemu"), "-L", filepath.Join(dir, "usr/share/seabios")},
+		computer: c,
+		path:     filepath.Join(dir, "usr/bin", c.program),
+		args:     []string{"-L", filepath.Join(dir, "usr/share/qemu"), "-L", filepath.Join(dir, "usr/share/seabios")},
 		env: append(os.Environ(), "LD_LIBRARY_PATH="+strings.Join([]string{
 			filepath.Join(dir, "lib/x86_64-linux-gnu"), filepath.Join(dir, "usr/lib/x86_64-linux-gnu"),
 		}, ":")),
@@ -70,7 +112,7 @@ func FetchQEMU(ctx context.Context, cache string, a *debian.APT) (*QEMU, error) 
 	if q.works(ctx) {
 		return q, nil
 	}
-	packages, err := a.Missing(ctx, true, "qemu-system-x86")
+	packages, err := a.Missing(ctx, true, c.pkg)
 	if err != nil {
 		return nil, err
 	}
@@ -91,6 +133,10 @@ type Options struct {
 	Console   string // file that gets what the kernel says
 	Memory    int    // MiB
 	CPUs      int    // default 2
+	// OwnTime makes a clock of the instructions, 2 ns each: however slow and busy the
+	// computer is, time limits in the machine are kept, and waiting takes no time.
+	// All its CPUs share one of the computer's.
+	OwnTime bool
 	// Disk is the image of a disk, /dev/vda, if there is one. The file stays as it
 	// is: what the machine writes is lost.
 	Disk string
@@ -100,15 +146,18 @@ type Options struct {
 // to handle. It fails if the machine does not come to the end of its script before
 // ctx is done.
 func (q *QEMU) Boot(ctx context.Context, o Options, handle func(job.Event) error) error {
-	args := append(q.args[:len(q.args):len(q.args)],
-		"-M", "pc", "-cpu", "max", "-accel", "tcg,thread=multi", "-smp", strconv.Itoa(cmp.Or(o.CPUs, 2)), "-m", strconv.Itoa(o.Memory),
+	args := slices.Concat(q.args, q.computer.args)
+	if o.OwnTime {
+		args = append(args, "-accel", "tcg,thread=single", "-icount", "shift=1,sleep=off")
+	} else {
+		args = append(args, "-accel", "tcg,thread=multi")
+	}
+	args = append(args, "-smp", strconv.Itoa(cmp.Or(o.CPUs, 2)), "-m", strconv.Itoa(o.Memory),
 		"-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
 		"-serial", "file:"+o.Console,
 		"-chardev", "stdio,id=results,signal=off", "-serial", "chardev:results",
 		"-kernel", o.Kernel.image, "-initrd", o.Initramfs,
-		// mitigations and a clock that is checked cost much under emulation. On a busy
-		// machine the check of the timer fails, which is a panic.
-		"-append", "console=ttyS0 loglevel=7 panic=-1 oops=panic mitigations=off tsc=unstable no_timer_check rdinit=/init "+o.Params)
+		"-append", "console="+q.console+" loglevel=7 panic=-1 oops=panic rdinit=/init "+q.params+" "+o.Params)
 	if o.Disk != "" {
 		args = append(args, "-drive", "if=virtio,format=raw,cache=unsafe,snapshot=on,file="+strings.ReplaceAll(o.Disk, ",", ",,"))
 	}
