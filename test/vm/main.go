@@ -88,7 +88,7 @@ func run(ctx context.Context, args []string, out io.Writer) int {
 		return 1
 	}
 	runs := l.all(ctx, plans, max(1, *parallel))
-	summarise(out, *set, *arch, plans, runs)
+	l.summarise(out, *set, plans, runs)
 	if *results != "" {
 		if err := report.Write(*results, runs); err != nil {
 			logf("%v", err)
@@ -130,7 +130,7 @@ func total(runs []report.Run) (c report.Counts) {
 
 // summarise prints a line for each kernel, what was left out or made smaller, and
 // how to run again what failed.
-func summarise(out io.Writer, set, arch string, plans []plan, runs []report.Run) {
+func (l *lab) summarise(out io.Writer, set string, plans []plan, runs []report.Run) {
 	fmt.Fprintln(out)
 	for i, r := range runs {
 		c := r.Count()
@@ -143,7 +143,7 @@ func summarise(out io.Writer, set, arch string, plans []plan, runs []report.Run)
 			fmt.Fprintf(out, "      %s\n", strings.ReplaceAll(problem, "\n", "\n      "))
 		}
 		if c.Failed+c.Unexpected > 0 {
-			fmt.Fprintf(out, "      again: go run ./test/vm -set %s -arch %s -kernel %s\n", set, arch, plans[i].kernel)
+			fmt.Fprintf(out, "      logs: %s\n      again: go run ./test/vm -set %s -arch %s -kernel %s\n", l.logs(plans[i]), set, l.arch, plans[i].kernel)
 		}
 	}
 	var said []string
@@ -258,20 +258,25 @@ func (l *lab) goTool(ctx context.Context, arch string, args ...string) error {
 
 func binary(pkg string) string { return strings.ReplaceAll(pkg, "/", "-") + ".test" }
 
+// logs is the directory of what is said in the virtual machine.
+func (l *lab) logs(p plan) string {
+	return filepath.Join(l.cache, "logs", l.arch, strings.TrimSpace(p.kernel+" "+p.params))
+}
+
 // kernel runs a plan.
 func (l *lab) kernel(ctx context.Context, p plan) report.Run {
 	begin := time.Now()
-	logs := filepath.Join(l.cache, "logs", l.arch, strings.TrimSpace(p.kernel+" "+p.params))
+	logs := l.logs(p)
 	j := newJudge(p, l.out, logs, l.verbose)
 	if err := l.boot(ctx, p, logs, j); err != nil {
 		j.problem(err)
 	}
 	j.close()
 	j.run.Seconds = time.Since(begin).Seconds()
-	if c := j.run.Count(); c.Failed+c.Unexpected > 0 {
-		j.run.Problems = append(j.run.Problems, "logs: "+logs)
-	} else if err := os.RemoveAll(logs); err != nil {
-		j.problem(err)
+	if c := j.run.Count(); c.Failed+c.Unexpected == 0 {
+		if err := os.RemoveAll(logs); err != nil {
+			j.problem(err)
+		}
 	}
 	return j.run
 }
