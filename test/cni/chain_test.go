@@ -113,6 +113,7 @@ func (s *site) libcni() (*libcni.CNIConfig, *recorder) {
 // plugin's result is the network's result.
 func TestChainOfEveryVersion(t *testing.T) {
 	s := newSite(t, options{})
+	s.ok(s.cli("load")) // which an ADD on a busy machine may have no time for
 	for _, v := range []string{"0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"} {
 		t.Run(v, func(t *testing.T) {
 			s := s.in(t)

@@ -62,7 +62,11 @@ func TestInstallAndDrain(t *testing.T) {
 	default:
 	}
 	check(t, errors.Join(a.Close(), b.Close()))
-	s.wantCLI(0, "The datapath is unloaded; 2 pods detached.", "Enrolled sockets left: 2", <-done)
+	drained, says := <-done, "Enrolled sockets left: 2"
+	if drained.stderr == "" {
+		says = "" // on a busy machine they were closed before it first counted them
+	}
+	s.wantCLI(0, "The datapath is unloaded; 2 pods detached.", says, drained)
 	for _, path := range []string{filepath.Join(s.BPFFS, "skipstack"), filepath.Join(binDir, "skipstack")} {
 		if _, err := os.Stat(path); !errors.Is(err, fs.ErrNotExist) {
 			t.Errorf("%s is there: %v", path, err)

@@ -140,8 +140,16 @@ func TestNodesThatLackSomething(t *testing.T) {
 			// start makes a pod by libcni, as a runtime does, and returns what was logged.
 			start := func(podName string) (p *pod, log []string) {
 				own := must(s.NewPod(podName, node.PodOptions{}))(t)
-				rec.calls = nil
-				must(cni.AddNetworkList(t.Context(), list, own.RuntimeConf(node.IfName)))(t)
+				// Again, where the machine is so busy that the time did not suffice.
+				for range 10 {
+					rec.calls = nil
+					must(cni.AddNetworkList(t.Context(), list, own.RuntimeConf(node.IfName)))(t)
+					said := rec.calls[len(rec.calls)-1].stderr
+					if !strings.Contains(said, "not done in time") && !strings.Contains(said, "busy: ") {
+						break
+					}
+					check(t, cni.DelNetworkList(t.Context(), list, own.RuntimeConf(node.IfName)))
+				}
 				if len(rec.calls) != 2 || !sameJSON(t, rec.calls[0].stdout, rec.calls[1].stdout) {
 					t.Fatalf("the bridge's result is not the chain's: %+v", rec.calls)
 				}

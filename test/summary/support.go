@@ -204,10 +204,10 @@ var supportTemplate string
 // page renders docs/support.md.
 func (s support) page() ([]byte, error) {
 	t, err := template.New(supportPage).Funcs(template.FuncMap{
-		"cell":   kernelResult.cell,
-		"means":  means,
-		"join":   strings.Join,
-		"has":    func(r runtimeResult, what string) bool { return slices.Contains(r.Works, what) },
+		"cell":  kernelResult.cell,
+		"means": means,
+		"join":  strings.Join,
+		"has":   func(r runtimeResult, what string) bool { return slices.Contains(r.Works, what) },
 	}).Parse(supportTemplate)
 	if err != nil {
 		return nil, err
