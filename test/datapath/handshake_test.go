@@ -373,11 +373,24 @@ func TestSameTupleInTwoPods(t *testing.T) {
 		for range pods {
 			check(t, <-errs)
 		}
-		late := l.counters().Connections["late_claim"]
-		if late > rounds/10 {
-			t.Errorf("%d of %d clients came late", late, 2*rounds)
+		c := l.counters()
+		late := c.Connections["late_claim"]
+		// The kernel makes an initial sequence number of the tuple, a secret and the
+		// time in units of 64 ns (secure_tcp_seq()), the same in all network
+		// namespaces. So two handshakes at the same moment on two CPUs may have both
+		// numbers in common: the first has the record, and the other is plain. What
+		// its ends are counted as depends on how far the first is.
+		twins := 2*rounds - c.Events["syn_recorded"]
+		if late+twins > rounds/10 {
+			t.Errorf("of %d clients, %d came late and %d had another's numbers", 2*rounds, late, twins)
 		}
-		l.expectConnections(datapath.Counters{}, map[string]uint64{"enrolled": 2*rounds - late})
+		want := map[string]uint64{"enrolled": 2*rounds - late - twins}
+		if twins > 0 {
+			for _, outcome := range []string{"unproven", "remote_client", "remote_server"} {
+				want[outcome] = min(c.Connections[outcome], 2*twins)
+			}
+		}
+		l.expectConnections(datapath.Counters{}, want)
 	})
 }
 
