@@ -84,7 +84,7 @@ BENCHOTHER ?= $(filter bbr,$(shell cat /proc/sys/net/ipv4/tcp_available_congesti
 .PHONY: bench-docs
 bench-docs: build plugins ## As root: measure, and write docs/benchmarks.md and the README's demo; needs apt
 	$(Q)mkdir -p .cache/bench
-	$(Q)bin/skipstack bench --quick --cni-path bin/cni >.cache/bench/demo.txt
+	$(Q)bin/skipstack bench --quick --congestion-control $(BENCHCONGESTION) --cni-path bin/cni >.cache/bench/demo.txt
 	$(Q)bin/skipstack bench $(BENCHFLAGS) --congestion-control $(BENCHCONGESTION) --cni-path bin/cni --json .cache/bench/first.json >.cache/bench/first.txt
 	$(Q)bin/skipstack bench $(AGAINFLAGS) --congestion-control $(BENCHCONGESTION) --cni-path bin/cni --json .cache/bench/second.json >.cache/bench/second.txt
 	$(Q)$(if $(BENCHOTHER),bin/skipstack bench --tests stream --paths pod --congestion-control $(BENCHOTHER) --cni-path bin/cni --json .cache/bench/other.json >.cache/bench/other.txt)

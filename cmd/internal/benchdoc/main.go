@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"regexp"
 	"slices"
 
 	"github.com/skipstack/skipstack/cmd/internal/bench"
@@ -90,8 +91,13 @@ func updateDemo(readme, demo string) error {
 	return rewrite(readme, "demo", slices.Concat([]byte("```\n"), bytes.TrimSpace(text), []byte("\n```")))
 }
 
+// vendor is what follows a kernel's version in its release; it says something of the
+// machine, not of what was measured.
+var vendor = regexp.MustCompile(`(Linux \d+\.\d+\.\d+)-[^ ,]+`)
+
 // rewrite puts text between a document's marks.
 func rewrite(doc, mark string, text []byte) error {
+	text = vendor.ReplaceAll(text, []byte("$1"))
 	old, err := os.ReadFile(doc)
 	if err != nil {
 		return err
