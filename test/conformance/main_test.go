@@ -1,12 +1,10 @@
 package conformance
 
 import (
-	"errors"
 	"fmt"
 	"net/netip"
 	"os"
 	"runtime"
-	"slices"
 	"testing"
 	"time"
 
@@ -18,6 +16,7 @@ import (
 	"github.com/skipstack/skipstack/plugin/verdict"
 	"github.com/skipstack/skipstack/test/datapath/traffic"
 	"github.com/skipstack/skipstack/test/node"
+	"github.com/skipstack/skipstack/test/probe"
 )
 
 // Signals to the process (SIGCHLD among them) go to its first thread, where they would
@@ -25,9 +24,7 @@ import (
 func init() { runtime.LockOSThread() }
 
 func TestMain(m *testing.M) {
-	if len(os.Args) > 1 && os.Args[1] == verdict.WorkerArg {
-		os.Exit(verdict.Worker(os.Args[2:], os.Stdin, os.Stdout))
-	}
+	probe.Main()
 	// The Go runtime preempts threads by a signal, which a system call that has
 	// just begun may get: no signals but those of the test.
 	os.Setenv("GODEBUG", "asyncpreemptoff=1")
@@ -95,13 +92,7 @@ type kernel struct {
 func lab(t *testing.T, lanes int) (kernel, chan []*rig) {
 	t.Helper()
 	n := node.ForTest(t, node.Options{})
-	probed := probe(t, n)
-	for _, p := range probed.Probes {
-		t.Logf("%s: %s: %s", p.Name, p.Result, p.Detail)
-	}
-	if probed.Level == verdict.Unsupported {
-		t.Fatalf("the kernel is not supported: %s", probed)
-	}
+	probed := probe.Kernel(t, n.CgroupRoot)
 	list, err := n.Network(node.Network{})
 	check(t, err)
 	free := make(chan []*rig, lanes)
@@ -115,22 +106,6 @@ func lab(t *testing.T, lanes int) (kernel, chan []*rig) {
 		free <- rigs
 	}
 	return kernel{probed}, free
-}
-
-// probe probes the kernel, again where the machine was too busy, or short of memory
-// for TCP because of somebody else.
-func probe(t *testing.T, n *node.Node) *verdict.Verdict {
-	t.Helper()
-	for attempts := 10; ; attempts-- {
-		v, err := verdict.Run(t.Context(), verdict.Env{CgroupRoot: n.CgroupRoot})
-		told := err == nil && !slices.ContainsFunc(v.Probes, func(p verdict.Probe) bool { return p.Result == verdict.CouldNotTell })
-		if told || attempts == 1 {
-			check(t, err)
-			return v
-		}
-		t.Logf("again: %v, %v", v, err)
-		time.Sleep(3 * time.Second)
-	}
 }
 
 func newRig(t *testing.T, n *node.Node, list *libcni.NetworkConfigList, v *verdict.Verdict, m mode, r role) *rig {
@@ -171,7 +146,7 @@ func newRig(t *testing.T, n *node.Node, list *libcni.NetworkConfigList, v *verdi
 		t.Cleanup(func() { check(t, host.Close()) })
 		*end.pod = &pod{p, host}
 		// Lost segments come again after milliseconds.
-		check(t, p.Do(func() error { return setSysctl("net/ipv4/tcp_rto_min_us", "20000") }))
+		check(t, p.SetMinRTO(20*time.Millisecond))
 		if g.set == nil {
 			continue
 		}
@@ -186,15 +161,6 @@ func newRig(t *testing.T, n *node.Node, list *libcni.NetworkConfigList, v *verdi
 	}
 	check(t, g.gate(true))
 	return g
-}
-
-// setSysctl sets a sysctl that the kernel may not have.
-func setSysctl(name, value string) error {
-	err := os.WriteFile("/proc/sys/"+name, []byte(value), 0)
-	if errors.Is(err, os.ErrNotExist) {
-		return nil
-	}
-	return err
 }
 
 // waitEmpty waits until the datapath has let go of every socket.

@@ -75,11 +75,12 @@ func TestRandomWrites(t *testing.T) {
 			t.Run(r.name, func(t *testing.T) { randomWrites(t, l, r, traffic.Plan{Bytes: 1 << 20, MaxWrite: 256 << 10}, nil) })
 		}
 		t.Run("loss", func(t *testing.T) {
+			for _, p := range []*pod{client, server} {
+				p.fastRecovery(t)
+			}
 			lossy := func() {
-				for _, p := range []*pod{client, server} {
-					p.fastRecovery(t)
-					p.drop(t, 5, 0)
-				}
+				client.drop(t, 5, 0)
+				server.drop(t, 5, 0)
 			}
 			randomWrites(t, l, routes(t, l, client, server)[0], traffic.Plan{Bytes: 512 << 10, MaxWrite: 16 << 10}, lossy)
 		})

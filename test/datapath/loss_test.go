@@ -2,6 +2,7 @@ package datapath_test
 
 import (
 	"testing"
+	"time"
 
 	"github.com/google/nftables/binaryutil"
 	"github.com/google/nftables/expr"
@@ -48,9 +49,9 @@ func (p *pod) filter(t *testing.T, match ...expr.Any) (stop func()) {
 	return stop
 }
 
-// fastRecovery lets TCP in the pod's network namespace retransmit after
+// fastRecovery lets connections that are made in the pod from now on retransmit after
 // milliseconds, so that tests with loss do not take minutes.
 func (p *pod) fastRecovery(t *testing.T) {
 	t.Helper()
-	p.sysctl(t, "net/ipv4/tcp_rto_min_us", "5000")
+	check(t, p.SetMinRTO(5*time.Millisecond))
 }

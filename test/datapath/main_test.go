@@ -15,9 +15,11 @@ import (
 	"github.com/skipstack/skipstack/plugin/datapath"
 	"github.com/skipstack/skipstack/test/datapath/traffic"
 	"github.com/skipstack/skipstack/test/node"
+	"github.com/skipstack/skipstack/test/probe"
 )
 
 func TestMain(m *testing.M) {
+	probe.Main()
 	if data, err := os.ReadFile("/proc/sys/net/ipv4/tcp_mem"); err == nil {
 		os.Setenv(tcpMemEnv, string(data))
 	}

@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -27,7 +28,7 @@ func TestMain(m *testing.M) {
 	os.Exit(node.Main(m, node.MainOptions{
 		Workers: map[string]node.Worker{
 			"echo": echoWorker, "ask": askWorker, "describe": describeWorker, "wait": waitWorker,
-			"isolate": isolateWorker, "private": privateWorker,
+			"isolate": isolateWorker, "private": privateWorker, "rto": rtoWorker,
 		},
 		Tools: []string{"bridge", "ptp", "host-local"},
 	}))
@@ -66,6 +67,34 @@ func askWorker(args []string) int {
 	_ = c.SetDeadline(time.Now().Add(3 * time.Second))
 	fmt.Fprintln(c, args[1])
 	if _, err := io.Copy(os.Stdout, c); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	return 0
+}
+
+// rtoWorker asks an echoWorker and prints after how many microseconds TCP would send
+// again what is lost.
+func rtoWorker(args []string) int {
+	c, err := net.DialTimeout("tcp", args[0], 3*time.Second)
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	defer c.Close()
+	_ = c.SetDeadline(time.Now().Add(3 * time.Second))
+	fmt.Fprintln(c, "hello")
+	_, err = bufio.NewReader(c).ReadString('\n')
+	raw, rawErr := c.(*net.TCPConn).SyscallConn()
+	if err = errors.Join(err, rawErr); err == nil {
+		err = raw.Control(func(fd uintptr) {
+			info, infoErr := unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO)
+			if err = infoErr; err == nil {
+				fmt.Println(info.Rto)
+			}
+		})
+	}
+	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
@@ -179,6 +208,45 @@ func TestExtraAddress(t *testing.T) {
 	start(t, server, node.StartOptions{}, "echo", ":8080")
 	if got, want := ask(t, client, "[fd00:1::2]:8080"), "fd00:1::1 hello"; got != want {
 		t.Errorf("got %q, want %q", got, want)
+	}
+}
+
+// TCP sends again after the time that was set, between pods and over loopback, and
+// after 200 ms before.
+func TestMinRTO(t *testing.T) {
+	n := node.ForTest(t, node.Options{})
+	client, server := twoPods(t, n, node.Network{})
+	start(t, server, node.StartOptions{}, "echo", ":8080")
+	start(t, client, node.StartOptions{}, "echo", ":8080")
+	far, loopback := netip.AddrPortFrom(addr(t, server, false), 8080).String(), "127.0.0.1:8080"
+	rto := func(to string) time.Duration {
+		line, proc := start(t, client, node.StartOptions{}, "rto", to)
+		var us int
+		if _, err := fmt.Sscan(line, &us); err != nil || proc.Wait() != nil {
+			t.Fatalf("%q: %v", line, err)
+		}
+		return time.Duration(us) * time.Microsecond
+	}
+	for _, to := range []string{far, loopback} {
+		if got := rto(to); got < 200*time.Millisecond {
+			t.Errorf("to %s: %s before anything was set", to, got)
+		}
+	}
+	if err := client.SetMinRTO(5 * time.Millisecond); err != nil {
+		t.Fatal(err)
+	}
+	for _, to := range []string{far, loopback} {
+		// On a busy machine the round trip itself may take long.
+		for deadline := time.Now().Add(time.Minute); ; {
+			got := rto(to)
+			if got < 100*time.Millisecond {
+				break
+			}
+			if time.Now().After(deadline) {
+				t.Errorf("to %s: %s, want little more than 5 ms", to, got)
+				break
+			}
+		}
 	}
 }
 
