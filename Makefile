@@ -107,7 +107,8 @@ test-vm: ## Run tests on other kernels under QEMU: KERNEL=6.1, or all; VMFLAGS='
 	$(call say,VM,$(or $(KERNEL),'all kernels'))
 	$(Q)$(GO) run ./test/vm $(if $(KERNEL),-kernel $(KERNEL)) $(REPORTFLAGS) $(VMFLAGS)
 
-# The tiers that docs/support.md is made of: what is not run again stays as it is there.
+# The tiers that docs/support.md is made of: what is not run again stays as it is there,
+# each kernel by itself (TIERS=vm KERNEL=6.12).
 TIERS ?= integration runtimes vm
 .PHONY: support
 support: ## As root: run the tests on runtimes and kernels, and write docs/support.md; needs apt

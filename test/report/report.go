@@ -18,6 +18,7 @@ const Env = "TEST_REPORT"
 // A Run is what was run on one kernel.
 type Run struct {
 	Kernel  string   `json:"kernel,omitempty"`  // release; this machine's if empty
+	Version string   `json:"version,omitempty"` // of the distribution's package, which a release need not tell
 	Params  string   `json:"params,omitempty"`  // further parameters of the kernel
 	Verdict string   `json:"verdict,omitempty"` // doctor's: safe, risky, unsupported
 	Risks   []string `json:"risks,omitempty"`

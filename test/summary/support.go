@@ -47,6 +47,7 @@ type kernelResult struct {
 	Tier    string        `json:"tier"`
 	Date    string        `json:"date"`
 	Kernel  string        `json:"kernel"`
+	Version string        `json:"version,omitempty"`
 	Params  string        `json:"params,omitempty"`
 	Verdict string        `json:"verdict"`
 	Guard   string        `json:"guard,omitempty"`
@@ -54,10 +55,11 @@ type kernelResult struct {
 }
 
 type suiteResult struct {
-	Name   string   `json:"name"`
-	Passed int      `json:"passed"`
-	Skips  []string `json:"skips,omitempty"` // with reasons
-	Scaled []string `json:"scaled,omitempty"`
+	Name    string   `json:"name"`
+	Passed  int      `json:"passed"`
+	Skipped int      `json:"skipped,omitempty"`
+	Skips   []string `json:"skips,omitempty"` // one for each reason
+	Scaled  []string `json:"scaled,omitempty"`
 }
 
 // writeSupport replaces what docs has of the tiers that were run. Where none was, it
@@ -110,10 +112,10 @@ func release(kernel string) string {
 	return version
 }
 
-// replace takes a step's results in place of the ones before.
+// replace takes a step's results in place of the ones before: of the runtimes all that
+// its tier had, of the kernels those of the same series, as each can be run by itself.
 func (s *support) replace(st step) {
 	s.Runtimes = slices.DeleteFunc(s.Runtimes, func(r runtimeResult) bool { return r.Tier == st.Name })
-	s.Kernels = slices.DeleteFunc(s.Kernels, func(k kernelResult) bool { return k.Tier == st.Name })
 	date := st.Started.Format(time.DateOnly)
 	for _, run := range st.Runs {
 		if run.Kernel == "" || run.Kernel == st.Kernel {
@@ -126,11 +128,20 @@ func (s *support) replace(st step) {
 		}
 		if k := kernelOf(run); k.Verdict != "" && len(runtimes) == 0 {
 			k.Tier, k.Date = st.Name, date
-			s.Kernels = slices.DeleteFunc(s.Kernels, func(old kernelResult) bool { return old.Name() == k.Name() })
+			s.Kernels = slices.DeleteFunc(s.Kernels, func(old kernelResult) bool { return old.succeededBy(k) })
 			s.Kernels = append(s.Kernels, k)
 		}
 	}
 }
+
+// succeededBy tells if the other result is of the same kernel, or of another release of
+// its series in the same tier.
+func (k kernelResult) succeededBy(other kernelResult) bool {
+	return k.Name() == other.Name() ||
+		k.Tier == other.Tier && series(k.Kernel) == series(other.Kernel) && k.Params == other.Params && k.arm64() == other.arm64()
+}
+
+func (k kernelResult) arm64() bool { return strings.HasSuffix(k.Kernel, "-arm64") }
 
 // series is a number by which kernels are sorted: 6.12 comes after 6.1.
 func series(kernel string) (n int) {
@@ -169,15 +180,13 @@ func runtimesOf(run report.Run) (all []runtimeResult) {
 }
 
 func kernelOf(run report.Run) kernelResult {
-	k := kernelResult{Kernel: run.Kernel, Params: run.Params, Verdict: report.Verdict(run.Verdict, run.Risks), Guard: run.Guard}
+	k := kernelResult{Kernel: run.Kernel, Version: run.Version, Params: run.Params, Verdict: report.Verdict(run.Verdict, run.Risks), Guard: run.Guard}
 	for _, suite := range run.Suites {
-		r := suiteResult{Name: suite.Name, Passed: suite.Count().Passed, Scaled: suite.Scaled}
+		c := suite.Count()
+		r := suiteResult{Name: suite.Name, Passed: c.Passed, Skipped: c.Skipped, Skips: skipped(suite), Scaled: suite.Scaled}
 		for _, t := range suite.Tests {
 			if v, ok := t.Attr(report.AttrVerdict); ok && k.Verdict == "" {
 				k.Verdict = v
-			}
-			if t.Result == report.Skip {
-				r.Skips = append(r.Skips, t.Name+": "+t.Reason)
 			}
 		}
 		k.Suites = append(k.Suites, r)
@@ -255,8 +264,8 @@ func (k kernelResult) cell(suite string) string {
 			continue
 		}
 		text := fmt.Sprintf("%d passed", s.Passed)
-		if n := len(s.Skips); n > 0 {
-			text += fmt.Sprintf(", %d skipped", n)
+		if s.Skipped > 0 {
+			text += fmt.Sprintf(", %d skipped", s.Skipped)
 		}
 		if len(s.Scaled) > 0 {
 			text += "; part"
@@ -278,8 +287,14 @@ func (s support) Left() []string {
 			if !slices.ContainsFunc(suites, func(r ran) bool { return r.Name == suite.Name }) {
 				continue
 			}
-			for _, text := range slices.Concat(suite.Scaled, suite.Skips) {
-				text = suite.Name + ": " + text
+			var all []string
+			for _, text := range suite.Scaled {
+				all = append(all, suite.Name+": "+text)
+			}
+			for _, text := range suite.Skips {
+				all = append(all, "skipped "+text)
+			}
+			for _, text := range all {
 				if where[text] == nil {
 					what = append(what, text)
 				}
@@ -298,7 +313,22 @@ func (s support) Left() []string {
 // Name is the kernel with the parameters that matter.
 func (k kernelResult) Name() string { return strings.TrimSpace(k.Kernel + " " + k.Params) }
 
+// VerdictOf is the verdict that a runtime's tests have told, or that of its kernel.
+func (s support) VerdictOf(r runtimeResult) string {
+	for _, k := range s.Kernels {
+		if r.Verdict == "" && k.Name() == r.Kernel {
+			return k.Verdict
+		}
+	}
+	return cmp.Or(r.Verdict, notRun)
+}
+
+// Kubelet tells whether a kubelet has run pods.
+func (s support) Kubelet() bool {
+	return slices.ContainsFunc(s.Runtimes, func(r runtimeResult) bool { return strings.HasPrefix(r.Runtime, "kubelet ") })
+}
+
 // ARM64 tells whether a kernel of that architecture was run.
 func (s support) ARM64() bool {
-	return slices.ContainsFunc(s.Kernels, func(k kernelResult) bool { return strings.HasSuffix(k.Kernel, "-arm64") })
+	return slices.ContainsFunc(s.Kernels, kernelResult.arm64)
 }

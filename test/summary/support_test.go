@@ -4,6 +4,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 
@@ -50,7 +51,7 @@ func TestSupport(t *testing.T) {
 	passed := []report.Test{{Name: "TestA", Result: report.Pass}, {Name: "TestB", Result: report.Pass}}
 	stepOf(t, dir, "vm", ok,
 		report.Run{Kernel: "5.10.0", Verdict: "unsupported", Guard: "none", Suites: []report.Suite{{Name: "load", Tests: passed[:1]}}},
-		report.Run{Kernel: "6.1.0", Verdict: "risky", Risks: []string{"fionread"}, Guard: "lsm", Suites: []report.Suite{
+		report.Run{Kernel: "6.1.0", Version: "6.1.9-1", Verdict: "risky", Risks: []string{"fionread"}, Guard: "lsm", Suites: []report.Suite{
 			{Name: "test/datapath", Tests: passed},
 			{Name: "test/cni", Tests: append(passed, report.Test{Name: "TestC", Result: report.Skip, Reason: "no moon"}), Scaled: []string{"few pods: emulated"}},
 		}},
@@ -63,11 +64,27 @@ func TestSupport(t *testing.T) {
 	contains(t, text,
 		"| | containerd 1.6 | containerd 2.1 |", "| verdict | risky: splice | risky: splice |", "| cgroups | hybrid | hybrid |",
 		"| pod IP | yes | yes |", "| Service | yes | not run |",
-		"| 5.10.0 | unsupported | none | plain TCP;", "| 6.1.0 | risky: fionread | lsm | accelerated where `acceptRisks` has `fionread` |",
-		"| 7.3.0 lsm=yama | safe | fmod_ret | accelerated |", "| not run | 2 passed | not run |", "| not run | 2 passed, 1 skipped; part | 2 passed; part |",
-		"- test/cni: few pods: emulated (6.1.0, 7.3.0 lsm=yama)\n", "- test/cni: TestC: no moon (6.1.0)\n")
+		"| 5.10.0 | - | unsupported | none | plain TCP;", "| 6.1.0 | 6.1.9-1 | risky: fionread | lsm | accelerated where `acceptRisks` has `fionread` |",
+		"| 7.3.0 lsm=yama | - | safe | fmod_ret | accelerated |", "| not run | 2 passed | not run |", "| not run | 2 passed, 1 skipped; part | 2 passed; part |",
+		"- test/cni: few pods: emulated (6.1.0, 7.3.0 lsm=yama)\n", "- skipped test/cni TestC: no moon (6.1.0)\n", "**kubelet and kube-proxy**: not part")
 	if strings.Contains(text, "hostPort") || strings.Contains(text, "test/hijack") {
 		t.Error("the page has what did not pass, or did not run")
+	}
+
+	// A kernel that is run by itself replaces its own series only, and a kubelet has the
+	// verdict of its kernel.
+	alone := t.TempDir()
+	stepOf(t, alone, "vm", ok, report.Run{Kernel: "6.1.1", Verdict: "safe", Guard: "lsm", Suites: []report.Suite{{Name: "test/cni", Tests: passed}}},
+		report.Run{Kernel: "6.1.1-arm64", Verdict: "safe", Guard: "lsm", Suites: []report.Suite{{Name: "test/cni", Tests: passed[:1]}}})
+	kubelet := works("kubelet v1.37", "pod IP")
+	kubelet.Attrs = slices.DeleteFunc(kubelet.Attrs, func(a report.Attr) bool { return a.Key == report.AttrVerdict })
+	stepOf(t, alone, "kubelet", ok, report.Run{Kernel: "6.1.1", Suites: []report.Suite{{Name: "test/kubelet/inside", Tests: []report.Test{kubelet}}}})
+	call(t, ok, "-dir", alone, "support", docs)
+	text = page(t, docs)
+	contains(t, text, "| 5.10.0 | -", "| 6.1.1 | -", "| 6.1.1-arm64 | -", "| 7.3.0 lsm=yama | -", "| not run | 2 passed | 1 passed | 2 passed; part |",
+		"| verdict | risky: splice | risky: splice | safe |", "driven by a kubelet where")
+	if strings.Contains(text, "6.1.0") || strings.Contains(text, "kube-proxy") {
+		t.Errorf("what was run by itself did not take its place:\n%s", text)
 	}
 
 	// A tier that is run again replaces its own results only; one that failed, none.
@@ -75,7 +92,7 @@ func TestSupport(t *testing.T) {
 	stepOf(t, again, "runtimes", ok, report.Run{Kernel: "6.19.0", Suites: []report.Suite{{Name: "test/runtimes", Tests: []report.Test{works("containerd 9", "pod IP")}}}})
 	call(t, ok, "-dir", again, "support", docs)
 	text = page(t, docs)
-	contains(t, text, "| | containerd 9 |", "| 6.1.0 |")
+	contains(t, text, "| | kubelet v1.37 | containerd 9 |", "| 6.1.1 |")
 	stepOf(t, again, "vm", failed, report.Run{Kernel: "8.0.0", Verdict: "safe", Problems: []string{"oops"}})
 	contains(t, call(t, failed, "-dir", again, "support", docs), "vm failed: 1 failed")
 	if page(t, docs) != text {

@@ -77,10 +77,23 @@ func skips(c report.Counts) string {
 
 // runNotes are one line for each reason to skip, and for each thing that was scaled.
 func runNotes(where string, r report.Run) (lines []string) {
+	for _, what := range skipped(r.Suites...) {
+		lines = append(lines, where+": skipped "+what)
+	}
+	for _, s := range r.Suites {
+		for _, what := range s.Scaled {
+			lines = append(lines, fmt.Sprintf("%s: %s: %s", where, s.Name, what))
+		}
+	}
+	return lines
+}
+
+// skipped is a line for each reason to skip tests.
+func skipped(suites ...report.Suite) (lines []string) {
 	count := map[string]int{}
 	example := map[string]string{}
 	var reasons []string
-	for _, s := range r.Suites {
+	for _, s := range suites {
 		for _, t := range s.Tests {
 			if t.Result != report.Skip || t.Unexpected {
 				continue
@@ -96,12 +109,7 @@ func runNotes(where string, r report.Run) (lines []string) {
 		if n := count[why] - 1; n > 0 {
 			what += fmt.Sprintf(" and %d more", n)
 		}
-		lines = append(lines, fmt.Sprintf("%s: skipped %s: %s", where, what, why))
-	}
-	for _, s := range r.Suites {
-		for _, what := range s.Scaled {
-			lines = append(lines, fmt.Sprintf("%s: %s: %s", where, s.Name, what))
-		}
+		lines = append(lines, what+": "+why)
 	}
 	return lines
 }

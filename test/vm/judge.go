@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"time"
 
@@ -34,10 +35,16 @@ func newJudge(p plan, out io.Writer, logs string, verbose bool) *judge {
 	}
 }
 
+// packageVersion is in what uname -v says: "#1 SMP PREEMPT_DYNAMIC Debian 6.12.57-1 (2025-11-05)".
+var packageVersion = regexp.MustCompile(` Debian (\S+)`)
+
 func (j *judge) event(e job.Event) error {
 	switch e.Kind {
 	case job.Booted:
 		j.run.Kernel = e.Text
+		if m := packageVersion.FindStringSubmatch(e.Version); m != nil {
+			j.run.Version = m[1]
+		}
 		logf("%s is up", e.Text)
 		return nil
 	case job.Done:

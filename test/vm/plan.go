@@ -92,12 +92,12 @@ func plans(set, arch string) []plan {
 		return []plan{{kernel: "6.12", modules: network, suites: []suite{
 			loads, judged(verdict.Safe, none, datapath.GuardLSM),
 			{pkg: "test/datapath", timeout: 20 * time.Minute, only: alternatives("TestGoProxies", "TestSpliceIsRefused", "TestReset"),
-				scaled: []string{"what depends on the architecture: the splice guard's system call numbers"}},
+				scaled: []string{"only what depends on the architecture, which is the splice guard with its system call numbers, and the end of a connection"}},
 		}}}
 	}
 	return []plan{
 		{kernel: "5.10", modules: network, suites: []suite{refused, judged(verdict.Unsupported, 0, datapath.NoGuard), {
-			pkg: "test/cni", timeout: 5 * time.Minute, only: "^TestUnsupported$", scaled: []string{"the other tests need a kernel that is supported"},
+			pkg: "test/cni", timeout: 5 * time.Minute, only: "^TestUnsupported$", scaled: []string{"only that the kernel is refused: the other tests need one that is not"},
 		}}},
 		{kernel: "6.1", modules: modules, suites: on(set, verdict.Risky, fionread)},
 		{kernel: "6.12", modules: modules, suites: on(set, verdict.Safe, none)},
@@ -115,44 +115,44 @@ func on(set string, level verdict.Level, risks datapath.Risk) []suite {
 		judged(level, risks, datapath.GuardLSM),
 		{pkg: "plugin/datapath", timeout: 20 * time.Minute},
 		{pkg: "plugin/verdict", timeout: 10 * time.Minute,
-			skip: "^(TestJudge|TestHangingProbe|TestEveryProbeHangs)$", scaled: []string{"imitated kernel faults: nothing of them depends on the kernel"}},
+			skip: "^(TestJudge|TestHangingProbe|TestEveryProbeHangs)$", scaled: []string{"without imitated faults of the kernel, which do not depend on it"}},
 		{pkg: "test/datapath", timeout: 40 * time.Minute},
 		{pkg: "test/conformance", timeout: 30 * time.Minute,
 			skip:   "^TestConformance$/^(Streams|Scale)$/^(4_GiB_and_more|10000_connections|connect_and_close,_2000_times)$",
-			scaled: []string{"so many bytes and connections take too long where every instruction is emulated"}},
+			scaled: []string{"without a stream of 4 GiB, 10,000 connections, and 2,000 that come and go: they take too long where every instruction is emulated"}},
 		{pkg: "test/cni", timeout: 20 * time.Minute, files: []string{"conf"}, only: alternatives(
 			"TestSpliceGuard",
 			"TestConflists", "TestChainOfEveryVersion", "TestRoutes", "TestTwoNetworks", // through libcni, with veth and a bridge
 			"TestCRIO", "TestPodUID", // cgroups as systemd and kubelets call them
 			"TestFirstPods", "TestDoctor", "TestReboot", "TestLateDel", "TestCgroupGone", "TestDelUnderTraffic", "TestUnreadLimit",
-		), scaled: []string{"what depends on the kernel; the rest is about files, processes and time limits"}},
+		), scaled: []string{"only what depends on the kernel: the rest is about files, processes and time limits"}},
 	}
 	if set != setCI {
 		return suites
 	}
-	const slow = ": emulation is slow, and `-set full` has the rest"
+	const slow = ": CPUs are emulated and slow, and `-set full` has the rest"
 	for i := range suites {
 		s := &suites[i]
 		switch s.pkg {
 		case "plugin/datapath":
 			s.only = alternatives("TestEchoIsRedirected", "TestGuardComesAndGoes", "TestGuardIsRepaired", "TestGuardOutlivesItsSet",
 				"TestConcurrentLoadsPublishOne", "TestAttachIsIdempotentAndSweptWithItsCgroup", "TestUpgradeReplacesProgramsOfAnotherBuild", "TestSwitchNodeReachesSetsWithoutPins")
-			s.scaled = []string{"loading, attaching, upgrading and the guard" + slow}
+			s.scaled = []string{"only loading, attaching, upgrading and the guard" + slow}
 		case "plugin/verdict":
 			s.only, s.skip = alternatives("TestRun", "TestMeasureMemory", "TestSweep"), ""
-			s.scaled = []string{"the probes as they are" + slow}
+			s.scaled = []string{"only the probes as they are" + slow}
 		case "test/datapath":
 			s.only = alternatives("TestGoProxies", "TestSpliceIsRefused", "TestMemoryLimit", "TestFIONREAD", "TestReset", "TestCloseDelivers", "TestMPTCP",
 				"TestLostSegmentIsNotOvertaken", "TestPartlyOldSegment", "TestSameTupleInTwoPods", "TestClientSendsFirst", "TestSYNCookies") +
 				"|^TestRandomWrites$/^(plain_receive_queue|funnel)$/^(IPv4|DNAT_and_masquerade|loss)$"
-			s.scaled = []string{"integrity on 3 of 10 ways between pods; of the rest what kernels do differently" + slow}
+			s.scaled = []string{"integrity only on 3 of 10 ways between pods, and of the rest only what kernels do differently" + slow}
 		case "test/conformance":
 			s.only = "^TestConformance$/^(Streams|Ends_of_connections|Readiness|Flags_of_recv_and_send|Counts_and_state|Zero-copy)$"
-			s.scaled = append(s.scaled, "6 of 14 groups of behaviours"+slow)
+			s.scaled = append(s.scaled, "only 6 of 14 groups of behaviours"+slow)
 		case "test/cni":
 			s.only = alternatives("TestSpliceGuard", "TestRoutes", "TestCRIO", "TestPodUID", "TestReboot") +
 				"|^TestChainOfEveryVersion$/^1.1.0$|^TestConflists$/^10-(bridge|ptp)[.]conflist$"
-			s.scaled = []string{"the plugin through libcni with a bridge, a veth pair and a Service; cgroups as systemd and kubelets call them; the guard" + slow}
+			s.scaled = []string{"only the plugin through libcni with a bridge, a veth pair and a Service; cgroups as systemd and kubelets call them; the guard" + slow}
 		}
 	}
 	return suites

@@ -193,7 +193,7 @@ func runScript(out *events, s job.Script) error {
 	if err := unix.Uname(&uts); err != nil {
 		return err
 	}
-	out.send(job.Event{Kind: job.Booted, Text: unix.ByteSliceToString(uts.Release[:])})
+	out.send(job.Event{Kind: job.Booted, Text: unix.ByteSliceToString(uts.Release[:]), Version: unix.ByteSliceToString(uts.Version[:])})
 	for i, r := range s.Runs {
 		// The console's reader wants to know what the kernel complains about.
 		_ = os.WriteFile("/dev/kmsg", []byte("run "+r.Name+"\n"), 0)

@@ -53,6 +53,7 @@ type Event struct {
 	Kind     string
 	Run      int           // index of the run, for Output and Ended
 	Text     string        // Output: some of it; Failed: why; Booted: the kernel's release
+	Version  string        // Booted: what uname -v says
 	Exit     int           // Ended: the exit code, -1 if it was killed
 	TimedOut bool          // Ended
 	Took     time.Duration // Ended

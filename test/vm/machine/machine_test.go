@@ -82,6 +82,11 @@ func TestComplaints(t *testing.T) {
 		"[   12.1] INFO: task datapath.test:90 blocked for more than 120 seconds.",
 		"[   12.1] Kernel panic - not syncing: Attempted to kill init!",
 		"[   12.1] refcount_t: underflow; use-after-free.",
+		"[   12.1] kernel BUG at net/core/skbuff.c:4230!",
+		"[   12.1] invalid opcode: 0000 [#1] PREEMPT SMP NOPTI",
+		"[   12.1] Call trace:", // of arm64
+		"[   12.1] Memory cgroup out of memory: Killed process 90 (datapath.test) total-vm:1240856kB",
+		"[   12.1] unregister_netdevice: waiting for lo to become free. Usage count = 2",
 	} {
 		if err := os.WriteFile(path, []byte(healthy+bad+"\r\n"+healthy), 0o600); err != nil {
 			t.Fatal(err)

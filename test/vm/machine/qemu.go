@@ -222,8 +222,9 @@ func read(sc *bufio.Scanner, handle func(job.Event) error) error {
 }
 
 // trouble is what a healthy kernel does not say.
-var trouble = regexp.MustCompile(`WARNING: |BUG: |Oops|Call Trace:|Kernel panic|general protection fault|` +
-	`detected stall|blocked for more than|Out of memory: |KASAN|refcount_t: |double fault`)
+var trouble = regexp.MustCompile(`WARNING: |BUG: |BUG at |Oops|Call [Tt]race:|Kernel panic|general protection fault|` +
+	`double fault|invalid opcode|Unable to handle kernel|detected stall|blocked for more than|[Oo]ut of memory: |` +
+	`page allocation failure|KASAN|UBSAN|refcount_t: |list_(add|del) corruption|unregister_netdevice: waiting for`)
 
 // Complaints returns the lines of a console in which the kernel reports trouble.
 func Complaints(console string) ([]string, error) {
