@@ -97,8 +97,15 @@ func switchRoot(disk string) error {
 	if err := os.Mkdir(root, 0o755); err != nil {
 		return err
 	}
-	if err := unix.Mount(disk, root, "ext4", 0, ""); err != nil {
-		return fmt.Errorf("mount %s: %w", disk, err)
+	// The kernel may still be at finding it.
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(100 * time.Millisecond) {
+		err := unix.Mount(disk, root, "ext4", 0, "")
+		if err == nil {
+			break
+		}
+		if !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.ENXIO) || time.Now().After(deadline) {
+			return fmt.Errorf("mount %s: %w", disk, err)
+		}
 	}
 	for _, step := range []struct {
 		what string
