@@ -24,9 +24,11 @@ BUILD := CGO_ENABLED=0 $(GO) build -trimpath -ldflags='-s -w' $(VCS)
 CNI_PLUGINS := plugins/main/bridge plugins/main/ptp plugins/main/loopback plugins/ipam/host-local plugins/meta/portmap
 
 # Packages whose tests make private nodes, load BPF programs and measure: as root, one
-# after the other. Those of the runtimes fetch them first and run by themselves.
-INTEGRATION = $(filter-out %/test/runtimes,$(shell $(GO) list ./test/... ./plugin/datapath/... ./plugin/verdict/... ./cmd/internal/bench/...))
-UNIT = $(filter-out %/test/runtimes $(INTEGRATION),$(shell $(GO) list ./...))
+# after the other. Those of the runtimes fetch them first and run by themselves, and
+# those of the kubelet run in a virtual machine.
+ELSEWHERE = %/test/runtimes %/test/kubelet/inside
+INTEGRATION = $(filter-out $(ELSEWHERE),$(shell $(GO) list ./test/... ./plugin/datapath/... ./plugin/verdict/... ./cmd/internal/bench/...))
+UNIT = $(filter-out $(ELSEWHERE) $(INTEGRATION),$(shell $(GO) list ./...))
 
 .PHONY: help
 help: ## List the targets
@@ -118,6 +120,11 @@ support: ## As root: run the tests on runtimes and kernels, and write docs/suppo
 	done
 	$(call say,GENERATE,docs/support.md)
 	$(Q)$(GO) run ./test/summary -dir .cache/support support docs
+
+.PHONY: test-kubelet
+test-kubelet: ## Run pods by a kubelet under QEMU; needs apt, no root (half an hour, then 5 minutes)
+	$(call say,KUBELET,.)
+	$(Q)$(GO) run ./test/kubelet $(REPORTFLAGS) $(KUBELETFLAGS)
 
 .PHONY: test-mutation
 test-mutation: clang ## Take the datapath's rules out one by one; a test must fail for each (long)

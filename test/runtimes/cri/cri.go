@@ -45,7 +45,8 @@ func (c *Client) NetworkReady(ctx context.Context) error {
 	}
 	var errs []error
 	for _, condition := range s.Status.Conditions {
-		if !condition.Status {
+		// Other conditions are the runtime's own, such as one that it warns of deprecation.
+		if !condition.Status && (condition.Type == runtime.RuntimeReady || condition.Type == runtime.NetworkReady) {
 			errs = append(errs, fmt.Errorf("%s: %s", condition.Type, condition.Message))
 		}
 	}

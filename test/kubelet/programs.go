@@ -1,0 +1,95 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+)
+
+// kubernetes is the directory of the module that pins Kubernetes' version. It is
+// apart from the project's own, which does without its modules.
+const kubernetes = "test/kubelet/kubernetes"
+
+// components are Kubernetes' programs.
+var components = []string{"kubelet"}
+
+// programs are the packages of the project's own programs and of the CNI plugins.
+var programs = []string{
+	"./test/vm/guest",
+	"./test/runtimes/peer",
+	"./cmd/skipstack",
+	"github.com/containernetworking/plugins/plugins/main/bridge",
+	"github.com/containernetworking/plugins/plugins/main/loopback",
+	"github.com/containernetworking/plugins/plugins/ipam/host-local",
+	"github.com/containernetworking/plugins/plugins/meta/portmap",
+}
+
+// inside is the package of the tests that run in the virtual machine.
+const inside = "./test/kubelet/inside"
+
+func (l *lab) bin(name string) string { return filepath.Join(l.cache, "bin", name) }
+
+// build builds all programs, static.
+func (l *lab) build(ctx context.Context) error {
+	bin := l.bin("") + "/"
+	if err := os.MkdirAll(bin, 0o755); err != nil {
+		return err
+	}
+	if err := goTool(ctx, "", nil, append([]string{"build", "-trimpath", "-o", bin}, programs...)...); err != nil {
+		return err
+	}
+	if err := goTool(ctx, "", nil, "test", "-c", "-o", bin, inside); err != nil {
+		return err
+	}
+	return l.buildKubernetes(ctx)
+}
+
+// buildKubernetes builds Kubernetes' programs once for each version: that takes half
+// an hour of two CPUs, and finding that nothing has changed a minute.
+func (l *lab) buildKubernetes(ctx context.Context) error {
+	var list strings.Builder
+	if err := goTool(ctx, kubernetes, &list, "list", "-m", "-f", "{{.Version}}", "k8s.io/kubernetes"); err != nil {
+		return err
+	}
+	version := strings.TrimSpace(list.String())
+	l.kubernetes = filepath.Join(l.cache, "kubernetes-"+version)
+	if err := os.MkdirAll(l.kubernetes, 0o755); err != nil {
+		return err
+	}
+	for _, name := range components {
+		path := filepath.Join(l.kubernetes, name)
+		if _, err := os.Stat(path); err == nil {
+			continue
+		}
+		logf("building %s %s", name, version)
+		// The name comes last, so that a build that was cut short is begun again.
+		part := path + ".part"
+		err := goTool(ctx, kubernetes, nil, "build", "-trimpath", "-ldflags=-s -w -X k8s.io/component-base/version.gitVersion="+version,
+			"-o", part, "k8s.io/kubernetes/cmd/"+name)
+		if err == nil {
+			err = os.Rename(part, path)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func goTool(ctx context.Context, dir string, out *strings.Builder, args ...string) error {
+	cmd := exec.CommandContext(ctx, "go", args...)
+	cmd.Dir = dir
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH=amd64")
+	if out == nil {
+		out = &strings.Builder{}
+	}
+	var errs strings.Builder
+	cmd.Stdout, cmd.Stderr = out, &errs
+	if err := cmd.Run(); err != nil {
+		return fmt.Errorf("go %s: %w\n%s%s", strings.Join(args, " "), err, out, errs.String())
+	}
+	return nil
+}
