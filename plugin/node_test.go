@@ -193,10 +193,10 @@ func TestProbeLock(t *testing.T) {
 	}
 	held.Close()
 
-	if err := os.Remove(filepath.Join(b.runDir, probeLock)); err != nil {
+	if err := os.Remove(filepath.Join(b.runDir, attachment.ProbeLock)); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.Symlink("/etc/passwd", filepath.Join(b.runDir, probeLock)); err != nil {
+	if err := os.Symlink("/etc/passwd", filepath.Join(b.runDir, attachment.ProbeLock)); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := lockProbe(ended(), b.runDir); err == nil {

@@ -19,9 +19,6 @@ import (
 	"github.com/skipstack/skipstack/plugin/attachment"
 )
 
-// probeLock is a flock(2) file in the run directory: whoever holds it probes.
-const probeLock = "probe.lock"
-
 // lockPoll is how often a waiting process tries a lock again: flock(2) itself
 // knows no time limit.
 const lockPoll = 20 * time.Millisecond
@@ -38,12 +35,12 @@ func lockProbe(ctx context.Context, runDir string) (*os.File, error) {
 		return nil, err
 	}
 	defer dir.Close()
-	fd, err := unix.Openat(int(dir.Fd()), probeLock,
+	fd, err := unix.Openat(int(dir.Fd()), attachment.ProbeLock,
 		unix.O_RDWR|unix.O_CREAT|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_CLOEXEC, 0o600)
 	if err != nil {
-		return nil, fmt.Errorf("open %s: %w", filepath.Join(runDir, probeLock), err)
+		return nil, fmt.Errorf("open %s: %w", filepath.Join(runDir, attachment.ProbeLock), err)
 	}
-	f := os.NewFile(uintptr(fd), filepath.Join(runDir, probeLock))
+	f := os.NewFile(uintptr(fd), filepath.Join(runDir, attachment.ProbeLock))
 	for {
 		err := unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB)
 		switch {

@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/skipstack/skipstack/plugin/attachment"
 )
 
 // The child is a shell script that writes down what it was given, then waits to
@@ -90,7 +92,7 @@ read line <%[2]s
 	if strings.Contains(env, "CNI_") || !strings.Contains(env, "KEEP=1") {
 		t.Errorf("environment\n%s", env)
 	}
-	want := map[string]string{"0": "/dev/null", "2": "/dev/null", "3": filepath.Join(conf.RunDir, probeLock)}
+	want := map[string]string{"0": "/dev/null", "2": "/dev/null", "3": filepath.Join(conf.RunDir, attachment.ProbeLock)}
 	for _, fd := range find("fd") {
 		number, target, _ := strings.Cut(fd, " ")
 		if w, ok := want[number]; ok && target != w {

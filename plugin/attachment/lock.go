@@ -24,6 +24,10 @@ const (
 	maxWait   = 10 * time.Millisecond
 )
 
+// ProbeLock is a flock(2) file in the run directory: whoever holds it probes the
+// kernel, and may write to the run directory until it ends.
+const ProbeLock = "probe.lock"
+
 // Lock is the node-wide lock. Release it with Unlock; the death of the
 // process releases it too, and no child process inherits it.
 type Lock struct {

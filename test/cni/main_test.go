@@ -17,6 +17,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/skipstack/skipstack/plugin/attachment"
 	"github.com/skipstack/skipstack/plugin/datapath"
 	"github.com/skipstack/skipstack/test/datapath/traffic"
 	"github.com/skipstack/skipstack/test/node"
@@ -307,7 +308,7 @@ func (s *site) gcAll() {
 // waitProber waits until no detached prober runs.
 func (s *site) waitProber() {
 	s.t.Helper()
-	f, err := os.Open(filepath.Join(s.RunDir, "probe.lock"))
+	f, err := os.Open(filepath.Join(s.RunDir, attachment.ProbeLock))
 	if errors.Is(err, fs.ErrNotExist) {
 		return
 	}

@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/skipstack/skipstack/plugin/attachment"
 	"github.com/skipstack/skipstack/plugin/datapath"
 	"github.com/skipstack/skipstack/test/node"
 	"github.com/skipstack/skipstack/test/trace"
@@ -461,7 +462,7 @@ func TestStuckProber(t *testing.T) {
 	s := newSite(t, options{unprobed: true})
 	p, q := s.light(), s.light()
 	check(t, os.MkdirAll(s.RunDir, 0o700))
-	lock := filepath.Join(s.RunDir, "probe.lock")
+	lock := filepath.Join(s.RunDir, attachment.ProbeLock)
 	check(t, os.WriteFile(lock, nil, 0o600))
 	holder := newStuck(t, lock)
 	for _, got := range s.meanwhile(p.call().add(), q.call().add()) {

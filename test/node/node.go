@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/skipstack/skipstack/plugin/attachment"
 )
 
 // closeTimeout bounds what Close and other cleaning up may take.
@@ -215,6 +217,11 @@ func (n *Node) Close() error {
 	ctx, cancel := context.WithTimeout(context.Background(), closeTimeout)
 	defer cancel()
 	failed := []error{n.closePods(ctx)}
+	if !n.journal { // else the run directory is the machine's, and stays
+		prober, err := n.waitForProber(ctx)
+		failed = append(failed, err)
+		defer prober.Close()
+	}
 	n.mu.Lock()
 	services, cgroups := n.services, n.cgroups
 	n.services, n.cgroups = nil, nil
@@ -242,6 +249,24 @@ func (n *Node) Close() error {
 	}
 	failed = append(failed, removeNetNS(n.NetNS), os.RemoveAll(n.RunDir), os.RemoveAll(n.Dir))
 	return errors.Join(failed...)
+}
+
+// waitForProber waits until no child of an ADD probes the kernel any more: it would
+// write to the run directory. The caller closes the lock, which keeps others out.
+func (n *Node) waitForProber(ctx context.Context) (*os.File, error) {
+	f, err := os.Open(filepath.Join(n.RunDir, attachment.ProbeLock))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("wait for the prober: %w", err)
+	}
+	for unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) != nil {
+		if err := sleep(ctx, 5*time.Millisecond); err != nil {
+			return f, fmt.Errorf("wait for the prober, which holds %s: %w", f.Name(), err)
+		}
+	}
+	return f, nil
 }
 
 // ClosePods closes the node's pods and returns [Node.Leftovers].

@@ -51,13 +51,13 @@ type Pod struct {
 	thread  *thread
 
 	mu        sync.Mutex
-	attached  []attachment
+	attached  []attached
 	processes []*Process
 	services  []*Service
 	veths     []string // in the node's network namespace, made by Wire
 }
 
-type attachment struct {
+type attached struct {
 	list   *libcni.NetworkConfigList
 	ifName string
 	result *types100.Result
@@ -169,7 +169,7 @@ func (p *Pod) Add(ctx context.Context, list *libcni.NetworkConfigList, ifName st
 		return nil, errors.Join(fmt.Errorf("add pod %s to network %s: %w", p.Name, list.Name, err), p.Del(clean, list, ifName))
 	}
 	p.mu.Lock()
-	p.attached = append(p.attached, attachment{list, ifName, result})
+	p.attached = append(p.attached, attached{list, ifName, result})
 	p.mu.Unlock()
 	return result, nil
 }
@@ -180,7 +180,7 @@ func (p *Pod) Del(ctx context.Context, list *libcni.NetworkConfigList, ifName st
 		return fmt.Errorf("delete pod %s from network %s: %w", p.Name, list.Name, err)
 	}
 	p.mu.Lock()
-	p.attached = slices.DeleteFunc(p.attached, func(a attachment) bool {
+	p.attached = slices.DeleteFunc(p.attached, func(a attached) bool {
 		return a.list.Name == list.Name && a.ifName == ifName
 	})
 	p.mu.Unlock()

@@ -51,7 +51,7 @@ failed), 2 wrong usage.`,
 			if !cmd.Flags().Changed("max-pairs") {
 				o.maxPairs = max(o.maxPairs, o.repeats)
 			}
-			err := namesFiles(cmd.Flags(), "json", "csv", "report")
+			err := noneEmpty(cmd.Flags())
 			if err == nil {
 				err = o.check()
 			}
@@ -121,7 +121,7 @@ func runClient(ctx context.Context, c Config, o clientOptions) error {
 	if err != nil {
 		return err
 	}
-	err = errors.Join(report.writePodText(o.table(c), o.ports), o.writeFiles(report, c.Out))
+	err = errors.Join(report.writePodText(o.table(c), o.ports), o.writeFiles(ctx, report, c.Out))
 	if err == nil && !report.Proven() {
 		err = errors.New("the bypass is not proven")
 	}

@@ -47,6 +47,10 @@ func TestUsageErrors(t *testing.T) {
 		}
 		return file
 	}
+	fifo := filepath.Join(t.TempDir(), "fifo")
+	if err := unix.Mkfifo(fifo, 0o600); err != nil {
+		t.Fatal(err)
+	}
 	for _, c := range []struct {
 		args   []string
 		nobody bool
@@ -58,7 +62,7 @@ func TestUsageErrors(t *testing.T) {
 		{args: []string{"--placements=any", path}, want: "none of same-cpu"},
 		{args: []string{"--sizes=64,0", path}, want: "\"0\": a message has 1 B to 16 MiB"},
 		{args: []string{"--sizes=10GiB", path}, want: "\"10GiB\": a message has"},
-		{args: []string{"--sizes=", path}, want: "is no size"},
+		{args: []string{"--sizes=", path}, want: "--sizes is empty"},
 		{args: []string{"--quick", "--paths=ipv6", path}, want: "has no such points"},
 		{args: []string{"--repeats=4", path}, want: "--repeats 4: it is 5 to 1000"},
 		{args: []string{"--max-pairs=4", path}, want: "--max-pairs 4: it is --repeats, here 5, to 1000"},
@@ -78,6 +82,10 @@ func TestUsageErrors(t *testing.T) {
 		{args: []string{"--quick", path, "--sockets=some"}, want: "blocking or nonblocking"},
 		{args: []string{"--quick", path, "--json=/nonexistent/file"}, want: "its directory is not writable"},
 		{args: []string{"--conflist=/nonexistent", path}, want: "no such file"},
+		{args: []string{"--conflist=/dev/zero", path}, want: "not a regular file"},
+		{args: []string{"--conflist=" + fifo, path}, want: "not a regular file"},
+		{args: []string{"--placements=", path}, want: "--placements is empty"},
+		{args: []string{"--reference=", path}, want: "--reference is empty"},
 		{args: []string{"--conflist=" + conflist(`{"cniVersion":"1.0.0","name":"n","plugins":[{"type":"bridge"}]}`), path}, want: "skipstack is not in it"},
 		{args: []string{"--conflist=" + conflist(`{"cniVersion":"1.0.0","name":"n","plugins":[{"type":"skipstack","speed":9}]}`), path}, want: "speed"},
 		{args: []string{"--conflist=" + conflist(`{"cniVersion":"1.0.0","name":"n","plugins":[{"type":"warp"},{"type":"skipstack"}]}`), path}, want: "no CNI plugin warp"},
@@ -117,10 +125,11 @@ func TestDisturbed(t *testing.T) {
 		want    string
 	}{
 		{"SIGINT while it begins", "making a private node", signalTo(unix.SIGINT, false), "interrupted"},
+		{"SIGTERM while the kernel is probed", "making a private node", whileProbing(signalTo(unix.SIGTERM, false)), "interrupted"},
 		{"SIGTERM while measuring", "data verified", signalTo(unix.SIGTERM, false), "interrupted"},
 		{"SIGTERM again and again", "data verified", again(signalTo(unix.SIGTERM, false)), "interrupted"},
 		{"Ctrl-C while measuring", "data verified", signalTo(unix.SIGINT, true), "interrupted"},
-		{"worker killed", "data verified", killWorker, "worker "},
+		{"worker killed", "data verified", killWorker, "signal: killed"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			cmd := program("--quick", "--cni-path="+node.ProgramDir())
@@ -178,26 +187,48 @@ func again(signal func(*testing.T, int)) func(*testing.T, int) {
 	}
 }
 
-// killWorker kills the first worker process it finds; the tests run in a PID namespace
-// of their own and see only their own.
+// whileProbing sends a signal when the prober runs that the first ADD has started.
+func whileProbing(signal func(*testing.T, int)) func(*testing.T, int) {
+	return func(t *testing.T, bench int) {
+		for deadline := time.Now().Add(20 * time.Second); process(t, "\x00probe\x00") == 0; time.Sleep(time.Millisecond) {
+			if time.Now().After(deadline) {
+				t.Error("no prober was seen")
+				break
+			}
+		}
+		signal(t, bench)
+	}
+}
+
+// killWorker kills a worker process.
 func killWorker(t *testing.T, _ int) {
+	pid := process(t, "\x00bench\x00worker\x00")
+	if pid == 0 {
+		t.Error("no worker found")
+		return
+	}
+	if err := unix.Kill(pid, unix.SIGKILL); err != nil && !errors.Is(err, unix.ESRCH) {
+		t.Error(err)
+	}
+}
+
+// process returns the first process that it finds with such arguments, 0 if there is
+// none; the tests run in a PID namespace of their own and see only their own.
+func process(t *testing.T, args string) (pid int) {
+	t.Helper()
 	found, err := filepath.Glob("/proc/[0-9]*/cmdline")
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, path := range found {
 		cmdline, err := os.ReadFile(path)
-		if err != nil || !bytes.Contains(cmdline, []byte("\x00bench\x00worker\x00")) {
+		if err != nil || !bytes.Contains(cmdline, []byte(args)) {
 			continue
 		}
-		var pid int
 		if _, err := fmt.Sscanf(path, "/proc/%d/", &pid); err != nil {
 			t.Fatal(err)
 		}
-		if err := unix.Kill(pid, unix.SIGKILL); err != nil && !errors.Is(err, unix.ESRCH) {
-			t.Error(err)
-		}
-		return
+		return pid
 	}
-	t.Error("no worker found")
+	return 0
 }

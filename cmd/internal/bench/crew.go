@@ -9,6 +9,8 @@ import (
 	"os"
 	"os/exec"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // A role says what a worker is for and where it lives: in which pod, and whether in the
@@ -88,7 +90,11 @@ func (r *remote) send(o order) error {
 	if r.stamp != nil {
 		r.stamp(&o)
 	}
-	if err := r.orders.Encode(o); err != nil {
+	err := r.orders.Encode(o)
+	if errors.Is(err, unix.EPIPE) {
+		return fmt.Errorf("worker %s ended: %w", r.role, errors.Join(r.wait(), errors.New("it takes no orders")))
+	}
+	if err != nil {
 		return fmt.Errorf("worker %s: %w", r.role, err)
 	}
 	return nil

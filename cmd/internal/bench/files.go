@@ -2,6 +2,7 @@ package bench
 
 import (
 	"bytes"
+	"context"
 	"encoding/csv"
 	"encoding/json"
 	"errors"
@@ -10,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"time"
 
 	"github.com/spf13/pflag"
 	"golang.org/x/sys/unix"
@@ -37,14 +39,15 @@ func (o files) wanted() []file {
 	}, func(f file) bool { return f.path == "" })
 }
 
-// namesFiles rejects flags that were set to no file, as by a script's empty variable.
-func namesFiles(set *pflag.FlagSet, flags ...string) error {
-	for _, name := range flags {
-		if f := set.Lookup(name); f.Changed && f.Value.String() == "" {
-			return fmt.Errorf("--%s is empty: name a file or directory, or leave it out", name)
+// noneEmpty rejects flags that were set to nothing, as by a script's empty variable:
+// their defaults may be far from what was meant.
+func noneEmpty(set *pflag.FlagSet) (err error) {
+	set.Visit(func(f *pflag.Flag) {
+		if f.Value.String() == "" && err == nil {
+			err = fmt.Errorf("--%s is empty: give it a value, or leave it out", f.Name)
 		}
-	}
-	return nil
+	})
+	return err
 }
 
 // check finds out whether the files exclude each other.
@@ -81,8 +84,15 @@ func (o files) checkWritable() error {
 		if err := unix.Access(filepath.Dir(f.path), unix.W_OK); err != nil {
 			return fmt.Errorf("--%s %s: its directory is not writable: %w", f.flag, f.path, err)
 		}
-		if info, err := os.Stat(f.path); err == nil && info.IsDir() {
+		info, err := os.Stat(f.path)
+		if err != nil {
+			continue // it will be made
+		}
+		if info.IsDir() {
 			return fmt.Errorf("--%s %s: it is a directory", f.flag, f.path)
+		}
+		if err := unix.Access(f.path, unix.W_OK); err != nil {
+			return fmt.Errorf("--%s %s: it is not writable: %w", f.flag, f.path, err)
 		}
 	}
 	return nil
@@ -97,28 +107,43 @@ func (o files) table(c Config) io.Writer {
 }
 
 // writeFiles writes the results to the files that were asked for. What goes wrong
-// with one does not keep the others from being written.
-func (o files) writeFiles(r *Report, stdout io.Writer) error {
+// with one does not keep the others from being written. A pipe that nobody reads is
+// given up when ctx ends.
+func (o files) writeFiles(ctx context.Context, r *Report, stdout io.Writer) error {
 	var failed []error
 	for _, f := range o.wanted() {
 		var b bytes.Buffer
 		err := f.encode(r, &b)
 		if err == nil {
-			err = writeResult(f.path, b.Bytes(), stdout)
+			err = writeResult(ctx, f.path, b.Bytes(), stdout)
 		}
 		failed = append(failed, err)
 	}
 	return errors.Join(failed...)
 }
 
-func writeResult(path string, result []byte, stdout io.Writer) error {
-	var err error
+func writeResult(ctx context.Context, path string, result []byte, stdout io.Writer) error {
 	if path == "-" {
-		_, err = stdout.Write(result)
-	} else {
-		err = os.WriteFile(path, result, 0o644)
+		if _, err := stdout.Write(result); err != nil {
+			return fmt.Errorf("write the results: %w", err)
+		}
+		return nil
+	}
+	// Without O_NONBLOCK, to open a FIFO would last until it has a reader.
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_TRUNC|unix.O_NONBLOCK|unix.O_NOCTTY, 0o644)
+	if errors.Is(err, unix.ENXIO) {
+		err = fmt.Errorf("%w: nobody reads this FIFO", err)
 	}
 	if err != nil {
+		return fmt.Errorf("write the results: %w", err)
+	}
+	stop := context.AfterFunc(ctx, func() { _ = f.SetWriteDeadline(time.Unix(1, 0)) }) // of a regular file there is none
+	defer stop()
+	_, err = f.Write(result)
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		err = fmt.Errorf("%s: nobody reads it: %w", path, context.Cause(ctx))
+	}
+	if err = errors.Join(err, f.Close()); err != nil {
 		return fmt.Errorf("write the results: %w", err)
 	}
 	return nil

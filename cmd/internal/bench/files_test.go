@@ -2,12 +2,16 @@ package bench
 
 import (
 	"bytes"
+	"context"
 	"encoding/csv"
+	"errors"
 	"os"
 	"path/filepath"
 	"slices"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 func TestCSV(t *testing.T) {
@@ -53,14 +57,37 @@ func TestWriteFiles(t *testing.T) {
 	var o options
 	o.json, o.csv = filepath.Join(t.TempDir(), "file"), "-"
 	var out bytes.Buffer
-	if err := o.writeFiles(r, &out); err != nil {
+	if err := o.writeFiles(t.Context(), r, &out); err != nil {
 		t.Fatal(err)
 	}
 	if content, err := os.ReadFile(o.json); err != nil || !bytes.HasPrefix(content, []byte("{")) || !bytes.HasPrefix(out.Bytes(), []byte("test,path,")) {
 		t.Errorf("JSON %q, CSV %q, %v", content, out.String(), err)
 	}
 	o.json = t.TempDir()
-	if err := o.writeFiles(r, &out); err == nil {
+	if err := o.writeFiles(t.Context(), r, &out); err == nil {
 		t.Error("a directory is written to")
+	}
+}
+
+// TestWriteFIFO has results go to a FIFO that nobody reads, or not to its end.
+func TestWriteFIFO(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "fifo")
+	if err := unix.Mkfifo(path, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	result := bytes.Repeat([]byte("x"), 1<<20) // more than a pipe holds
+	if err := writeResult(t.Context(), path, result, nil); !errors.Is(err, unix.ENXIO) {
+		t.Errorf("without a reader: %v", err)
+	}
+	reader, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer reader.Close()
+	interrupted := errors.New("interrupted")
+	ctx, cancel := context.WithCancelCause(t.Context())
+	time.AfterFunc(10*time.Millisecond, func() { cancel(interrupted) })
+	if err := writeResult(ctx, path, result, nil); !errors.Is(err, interrupted) {
+		t.Errorf("with a reader that does not read: %v", err)
 	}
 }

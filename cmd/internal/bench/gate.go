@@ -30,7 +30,7 @@ func (s *nodeSite) attached(p *node.Pod) (attachment.Record, error) {
 // waitForGate waits until the kernel's verdict is in and the node's gate open, and
 // checks what follows for the two pods.
 func (s *nodeSite) waitForGate(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, gateTimeout)
+	ctx, cancel := context.WithTimeoutCause(ctx, gateTimeout, fmt.Errorf("%w: no verdict on this kernel after %v", errNotAllowed, gateTimeout))
 	defer cancel()
 	for {
 		v, err := verdict.Cached(s.runDir)
@@ -50,7 +50,7 @@ func (s *nodeSite) waitForGate(ctx context.Context) error {
 		}
 		select {
 		case <-ctx.Done():
-			return errors.Join(fmt.Errorf("%w: no verdict on this kernel after %v", errNotAllowed, gateTimeout), err)
+			return errors.Join(context.Cause(ctx), err)
 		case <-time.After(5 * time.Millisecond):
 		}
 	}

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
@@ -19,6 +18,7 @@ import (
 	"github.com/skipstack/skipstack/plugin/attachment"
 	"github.com/skipstack/skipstack/plugin/datapath"
 	"github.com/skipstack/skipstack/plugin/podcgroup"
+	"github.com/skipstack/skipstack/plugin/regular"
 	"github.com/skipstack/skipstack/test/node"
 )
 
@@ -40,10 +40,13 @@ func (o hereOptions) node(log io.Writer) node.HereOptions {
 	return node.HereOptions{Dir: o.dir, CgroupRoot: o.cgroupRoot, PluginDirs: []string{o.cniPath}, Log: log}
 }
 
+// maxConflist is the largest conflist that is read, in bytes; runtimes read no larger.
+const maxConflist = 2 << 20
+
 // readChain reads the user's conflist and checks that it can be run: skipstack must be
 // in it, and all its plugins in cniPath.
 func readChain(conflist, cniPath string) (o hereOptions, err error) {
-	raw, err := os.ReadFile(conflist)
+	raw, err := regular.Read(conflist, maxConflist)
 	if err != nil {
 		return o, fmt.Errorf("--conflist: %w", err)
 	}
@@ -238,7 +241,7 @@ func here(ctx context.Context, c Config, o options, with hereOptions) error {
 	report, err := o.session(ctx, c, site, err)
 	err = errors.Join(err, site.close())
 	if report != nil && err == nil {
-		err = o.writeFiles(report, c.Out)
+		err = o.writeFiles(ctx, report, c.Out)
 	}
 	return o.verdict(ctx, report, err)
 }

@@ -72,8 +72,10 @@ func (f *flags) options(cmd *cobra.Command) (options, error) {
 	if !cmd.Flags().Changed("max-pairs") {
 		o.maxPairs = max(o.maxPairs, o.repeats)
 	}
-	var err error
+	err := noneEmpty(cmd.Flags())
 	switch {
+	case err != nil:
+		return o, err
 	case f.quick && f.full:
 		return o, errors.New("--quick and --full exclude each other")
 	case f.quick:
@@ -113,9 +115,6 @@ func (f *flags) options(cmd *cobra.Command) (options, error) {
 	}
 	if f.minSpeedup < 0 || math.IsNaN(f.minSpeedup) || math.IsInf(f.minSpeedup, 0) {
 		return o, fmt.Errorf("--min-speedup %v: it is a ratio from 0 on", f.minSpeedup)
-	}
-	if err := namesFiles(cmd.Flags(), "cni-path", "conflist", "json", "csv", "report"); err != nil {
-		return o, err
 	}
 	if err := f.files.check(); err != nil {
 		return o, err

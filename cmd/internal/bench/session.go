@@ -57,7 +57,7 @@ func outside(ctx context.Context, c Config, o options, args []string) error {
 	if err == nil && result.Len() > 0 {
 		var report Report
 		if err = json.Unmarshal(result.Bytes(), &report); err == nil {
-			err = o.writeFiles(&report, c.Out)
+			err = o.writeFiles(ctx, &report, c.Out)
 		}
 	}
 	if code == ExitProven && err == nil {

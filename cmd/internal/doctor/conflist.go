@@ -4,12 +4,12 @@ import (
 	"bytes"
 	"encoding/json"
 	"fmt"
-	"os"
 	"path/filepath"
 	"slices"
 
 	"github.com/skipstack/skipstack/cmd/internal/conflist"
 	"github.com/skipstack/skipstack/plugin"
+	"github.com/skipstack/skipstack/plugin/regular"
 )
 
 // Conflist is a network configuration that the examination goes by.
@@ -56,10 +56,13 @@ func FindConflist(dir string) (Conflist, error) {
 	return found, nil
 }
 
+// maxConflist is the largest conflist that is looked at, in bytes.
+const maxConflist = 2 << 20
+
 // ReadConflist describes a conflist that was named.
 func ReadConflist(path string) Conflist {
 	c := Conflist{Path: path, Used: path}
-	if raw, err := os.ReadFile(path); err == nil {
+	if raw, err := regular.Read(path, maxConflist); err == nil {
 		c.describe(raw)
 	}
 	return c
