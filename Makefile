@@ -122,7 +122,7 @@ support: ## As root: run the tests on runtimes and kernels, and write docs/suppo
 	$(Q)$(GO) run ./test/summary -dir .cache/support support docs
 
 .PHONY: test-kubelet
-test-kubelet: ## Run pods by a kubelet under QEMU; needs apt, no root (half an hour, then 5 minutes)
+test-kubelet: ## Run pods by a kubelet and kube-proxy under QEMU; needs apt, no root (half an hour, then 15 minutes)
 	$(call say,KUBELET,.)
 	$(Q)$(GO) run ./test/kubelet $(REPORTFLAGS) $(KUBELETFLAGS)
 

@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"embed"
 	"encoding/json"
 	"errors"
@@ -27,15 +28,15 @@ const release = "trixie"
 // packages are what a node has installed. containerd is added from elsewhere, as
 // the release's is older than version 2.
 var packages = []string{
-	"base-files", "base-passwd", "bash", "coreutils", "dbus", "findutils", "grep", "iproute2", "iptables",
+	"base-files", "base-passwd", "bash", "coreutils", "dbus", "etcd-server", "findutils", "grep", "iproute2", "iptables",
 	"kmod", "mount", "nftables", "procps", "runc", "sed", "systemd-sysv", "util-linux",
 }
 
 // modules are what a node has loaded.
 var modules = []string{
 	"nfit", "nd_pmem", "overlay", "autofs4", "veth", "bridge", "br_netfilter", "nf_conntrack_netlink",
-	"nf_tables", "nft_chain_nat", "nft_nat", "nft_masq", "nft_redir", "nft_ct", "nft_limit", "nft_log", "nft_reject_inet",
-	"nft_fib_inet", "nft_fib_ipv4", "nft_fib_ipv6", "nft_numgen", "nft_hash", "nft_compat",
+	"nf_tables", "nft_chain_nat", "nft_nat", "nft_masq", "nft_redir", "nft_ct", "nft_limit", "nft_log",
+	"nft_reject_inet", "nft_reject_ipv4", "nft_reject_ipv6", "nft_fib_inet", "nft_fib_ipv4", "nft_fib_ipv6", "nft_numgen", "nft_hash", "nft_compat",
 	"xt_addrtype", "xt_comment", "xt_conntrack", "xt_limit", "xt_mark", "xt_MASQUERADE", "xt_multiport", "xt_nat", "xt_nfacct", "xt_recent",
 	"xt_REDIRECT", "xt_statistic", "xt_tcpudp", "ipt_REJECT", "ip6t_REJECT",
 }
@@ -59,8 +60,11 @@ const (
 //go:embed system
 var system embed.FS
 
-// base is where Debian's part of the root file system is.
-func (l *lab) base() string { return filepath.Join(l.cache, "rootfs-"+release) }
+// base is where Debian's part of the root file system is: other packages, another one.
+func (l *lab) base() string {
+	sum := sha256.Sum256([]byte(strings.Join(packages, " ")))
+	return filepath.Join(l.cache, fmt.Sprintf("rootfs-%s-%x", release, sum[:4]))
+}
 
 // makeDisk makes an image of the root file system, in memory: the virtual machine maps
 // it, and where the kernel drops pages of files soon would read them again and again.

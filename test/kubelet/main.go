@@ -1,6 +1,6 @@
 // Command kubelet runs pods as Kubernetes does, with skipstack chained to the
 // upstream bridge plugin, in a virtual machine: Debian's kernel, systemd and
-// containerd, and a kubelet built from source.
+// containerd, and a kubelet, kube-proxy and control plane built from source.
 //
 //	go run ./test/kubelet
 //
@@ -138,8 +138,8 @@ func (l *lab) run(ctx context.Context) (r report.Run, err error) {
 	defer cancel()
 	console := filepath.Join(logs, "console")
 	err = l.qemu.Boot(boot, machine.Options{
-		Kernel: l.kernel, Params: params + l.params, Initramfs: initramfs, Console: console, Memory: memory, CPUs: l.cpus, OwnTime: l.ownTime,
-		Disk: disk.Name(),
+		Kernel: l.kernel, Params: params + l.params, Initramfs: initramfs, Console: console, Memory: memory, CPUs: l.cpus,
+		OwnTime: l.ownTime, TSC: l.ownTime, Disk: disk.Name(),
 	}, judge.event)
 	suite, judgeErr := judge.close()
 	r.Suites = []report.Suite{suite}
