@@ -19,7 +19,7 @@ import (
 const (
 	bodySize    = 8192 // bytes
 	workers     = 4
-	pause       = 50 * time.Millisecond
+	pause       = 250 * time.Millisecond
 	httpTimeout = time.Minute
 	nameHeader  = "X-Served-By"
 )
