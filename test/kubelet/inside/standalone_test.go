@@ -31,8 +31,8 @@ func TestStandalone(t *testing.T) {
 	addr := net.JoinHostPort(server.ip, "80")
 	t.Run("pod IP", func(t *testing.T) { accelerated(t, client, addr, server) })
 	n.works("pod IP")
-	t.Run("host port", func(t *testing.T) { accelerated(t, client, net.JoinHostPort(nodeIP, "8080"), server) })
-	n.works("host port")
+	t.Run("hostPort", func(t *testing.T) { accelerated(t, client, net.JoinHostPort(nodeIP, "8080"), server) })
+	n.works("hostPort")
 	t.Run("opt-out", func(t *testing.T) {
 		out.skipped(t, "annotation")
 		plain(t, out, addr, server)
