@@ -46,6 +46,7 @@ func TestConflists(t *testing.T) {
 	} {
 		t.Run(tc.file, func(t *testing.T) {
 			s := newSite(t, options{Options: node.Options{DefaultPaths: true}})
+			s.load()
 			raw := must(os.ReadFile(filepath.Join("../../conf", tc.file)))(t)
 			if tc.file == "entry.json" { // appended to somebody's own network
 				raw = fmt.Appendf(nil, `{"cniVersion":"1.1.0","name":"own","plugins":[
@@ -113,7 +114,7 @@ func (s *site) libcni() (*libcni.CNIConfig, *recorder) {
 // plugin's result is the network's result.
 func TestChainOfEveryVersion(t *testing.T) {
 	s := newSite(t, options{})
-	s.ok(s.cli("load")) // which an ADD on a busy machine may have no time for
+	s.load()
 	for _, v := range []string{"0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"} {
 		t.Run(v, func(t *testing.T) {
 			s := s.in(t)
@@ -160,6 +161,7 @@ func TestChainOfEveryVersion(t *testing.T) {
 // Whatever way pods reach each other, they are accelerated.
 func TestRoutes(t *testing.T) {
 	s := newSite(t, options{})
+	s.load()
 	list := s.network(node.Network{})
 	client, server := s.twoPods(list, node.PodOptions{})
 	inPod := must(os.MkdirTemp(server.Cgroup, "container-"))(t)

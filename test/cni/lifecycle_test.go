@@ -130,6 +130,7 @@ func TestReboot(t *testing.T) {
 	for name, keep := range map[string]bool{"run directory gone": false, "run directory kept": true} {
 		t.Run(name, func(t *testing.T) {
 			s := newSite(t, options{})
+			s.load()
 			v := theVerdict(t)
 			pods := s.lightPods(3)
 			for _, p := range pods {
@@ -142,8 +143,11 @@ func TestReboot(t *testing.T) {
 			s.wantLines(0, "", s.want(0, s.run(pods[0].call().del())))
 			s.want(0, s.run(pods[1].call().check()))
 			s.want(0, s.run(pods[2].call().add()))
+			wait(t, "the pod is attached, by the prober where the ADD had no time to load the datapath", func() (string, bool) {
+				r := s.record(pods[2].id)
+				return r.Reason, r.Status == "attached"
+			})
 			s.wantLinks(pods[2].cgroupID)
-			s.wantRecord(pods[2].id, "attached", "")
 			s.want(0, s.run(pods[1].call().check())) // its bpffs is gone, not its link
 			s.want(0, s.run(pods[2].call().check()))
 			// The verdict of the last boot does not count.
@@ -348,6 +352,7 @@ func withAccepting(key string, value any) map[string]any {
 // it cached at ADD.
 func TestCRIO(t *testing.T) {
 	s := newSite(t, options{})
+	s.load()
 	list := s.network(node.Network{})
 	slice := func(uid string) node.PodOptions {
 		name := "kubepods-burstable-pod" + strings.ReplaceAll(uid, "-", "_") + ".slice"
@@ -379,6 +384,7 @@ func TestCRIO(t *testing.T) {
 // nested.
 func TestPodUID(t *testing.T) {
 	s := newSite(t, options{})
+	s.load()
 	list := s.network(node.Network{})
 	const a, b = "21111111-2222-4333-8444-555555555555", "21111111-2222-4333-8444-666666666666"
 	client := s.pod("client", list, node.PodOptions{UID: a, NoCgroupPath: true, Cgroup: "kubepods/besteffort/pod" + a})

@@ -98,6 +98,12 @@ func newSite(t *testing.T, o options) *site {
 	return s
 }
 
+// load loads the datapath, for which an ADD on a slow machine has no time.
+func (s *site) load() {
+	s.t.Helper()
+	s.ok(s.cli("load"))
+}
+
 // verdict is what `skipstack load --json` says of this machine's kernel.
 type verdict struct {
 	Verdict string   `json:"verdict"`
