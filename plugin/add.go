@@ -267,7 +267,7 @@ func (j *job) open(ctx context.Context) (Set, *Verdict, error) {
 	}
 	// Loading may take longer than there is time, and this process end before it.
 	j.pending = conf.OnError == OnErrorPlain
-	if err := j.recordWithoutLock("busy: the datapath is being loaded"); err != nil {
+	if err := j.recordLoading(ctx); err != nil {
 		return nil, nil, err
 	}
 	if err := p.Datapath.EnsureBPFFS(ctx, conf.BPFFS); err != nil {
@@ -477,6 +477,29 @@ func (j *job) giveUp(ctx context.Context, cause error) error {
 		return err
 	}
 	return j.store.Put(j.skipped(reason(cause)))
+}
+
+// recordLoading records that the pod is plain until the datapath is loaded. That
+// replaces the record of an earlier ADD: from before the node was booted it would
+// say that the pod is attached, and nobody would adopt it.
+func (j *job) recordLoading(ctx context.Context) error {
+	const why = "busy: the datapath is being loaded"
+	ctx, cancel := context.WithTimeout(ctx, j.p.budget/16)
+	defer cancel()
+	lock, err := j.store.Lock(ctx)
+	if errors.Is(err, attachment.ErrBusy) {
+		return j.recordWithoutLock(why)
+	}
+	if err != nil {
+		return err
+	}
+	defer lock.Unlock()
+	if err := j.clear(0); err != nil {
+		// The earlier record stays, so that DEL tries again, as does attach.
+		j.log.Debug("the earlier attachment cannot be undone before the datapath is loaded", "error", err.Error())
+		return nil
+	}
+	return j.store.Put(j.skipped(why))
 }
 
 // skipped is the record of an attachment that has no part in any cgroup.

@@ -119,6 +119,39 @@ func TestAdopt(t *testing.T) {
 		wantStarted(t, b)
 		close(stuck)
 	})
+	// The run directory outlives a reboot here, and the runtime has not sent DELs.
+	t.Run("killed while it loads after a reboot", func(t *testing.T) {
+		for _, id := range []uint64{101, 104} { // cgroups are numbered anew
+			b := newBench(t)
+			b.mustAdd(request{})
+			b.wantRecord(request{}, attachment.Attached, "")
+			stuck := make(chan struct{})
+			b.datapath.reboot()
+			b.cgroups.ids["pod-a"] = id
+			b.verdicts.cached, b.verdicts.probed = nil, safe()
+			b.budget = 200 * time.Millisecond
+			b.datapath.block["Load"] = stuck
+			b.mustAdd(request{})
+			b.wantRecord(request{}, attachment.Skipped, "busy: the datapath is being loaded")
+			wantStarted(t, b)
+			b.datapath.mu.Lock()
+			delete(b.datapath.block, "Load")
+			b.datapath.mu.Unlock()
+			probe(t, b)
+			b.wantRecord(request{}, attachment.Attached, "")
+			b.wantLinks(id)
+			close(stuck)
+		}
+	})
+	t.Run("earlier attachment that cannot be undone", func(t *testing.T) {
+		b := newBench(t)
+		b.mustAdd(request{})
+		b.datapath.reboot()
+		b.datapath.fail["DropPod"] = errors.New("EIO")
+		b.mustAdd(request{})
+		b.wantRecord(request{}, attachment.Attached, "")
+		b.wantLinks(101)
+	})
 	t.Run("deleted", func(t *testing.T) {
 		b := late(t, request{})
 		b.mustDel(request{})

@@ -55,6 +55,16 @@ func newFakeDatapath() *fakeDatapath {
 	}
 }
 
+// reboot forgets what the kernel does not keep.
+func (f *fakeDatapath) reboot() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.loaded, f.node = false, datapath.NodeSettings{}
+	f.bpffsDev++
+	clear(f.links)
+	clear(f.pods)
+}
+
 func (f *fakeDatapath) call(name string) error {
 	f.mu.Lock()
 	f.calls = append(f.calls, name)

@@ -11,12 +11,10 @@ import (
 	"strconv"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/containernetworking/cni/libcni"
 	"golang.org/x/sys/unix"
 
-	"github.com/skipstack/skipstack/plugin"
 	"github.com/skipstack/skipstack/plugin/datapath"
 	"github.com/skipstack/skipstack/test/node"
 )
@@ -132,9 +130,7 @@ func TestReboot(t *testing.T) {
 	for name, keep := range map[string]bool{"run directory gone": false, "run directory kept": true} {
 		t.Run(name, func(t *testing.T) {
 			s := newSite(t, options{})
-			began := time.Now()
 			s.load()
-			slow := time.Since(began) > plugin.Budget/2
 			v := theVerdict(t)
 			pods := s.lightPods(3)
 			for _, p := range pods {
@@ -143,15 +139,16 @@ func TestReboot(t *testing.T) {
 			newBoot(t)
 			s.reboot(keep)
 			// DEL needs nothing, CHECK does not complain, and a pod that is
-			// started afresh is as on the first boot.
+			// started afresh is as on the first boot, by the prober where loading
+			// the datapath takes longer than an ADD has.
 			s.wantLines(0, "", s.want(0, s.run(pods[0].call().del())))
 			s.want(0, s.run(pods[1].call().check()))
-			if slow {
-				s.load() // else the ADD does
-			}
 			s.want(0, s.run(pods[2].call().add()))
-			s.wantLinks(pods[2].cgroupID)
-			s.wantRecord(pods[2].id, "attached", "")
+			wait(t, "the pod is attached", func() (string, bool) {
+				r := s.record(pods[2].id)
+				links := s.links()
+				return fmt.Sprintf("record %s (%s), links %v", r.Status, r.Reason, links), r.Status == "attached" && slices.Equal(links, []uint64{pods[2].cgroupID})
+			})
 			s.want(0, s.run(pods[1].call().check())) // its bpffs is gone, not its link
 			s.want(0, s.run(pods[2].call().check()))
 			// The verdict of the last boot does not count.
