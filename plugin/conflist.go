@@ -9,6 +9,10 @@ import (
 // Type is the name of the plugin's binary, and so its type in a conflist.
 const Type = "skipstack"
 
+// MaxConflist is the largest file, in bytes, that is read as a network configuration
+// list or a single plugin's configuration. containerd loads no larger (go-cni, opts.go).
+const MaxConflist = 2 << 20
+
 // ErrNoEntry is returned by [ParseConflist] for a conflist without skipstack.
 var ErrNoEntry = errors.New("no plugin of type \"" + Type + "\"")
 

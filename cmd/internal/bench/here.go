@@ -40,13 +40,10 @@ func (o hereOptions) node(log io.Writer) node.HereOptions {
 	return node.HereOptions{Dir: o.dir, CgroupRoot: o.cgroupRoot, PluginDirs: []string{o.cniPath}, Log: log}
 }
 
-// maxConflist is the largest conflist that is read, in bytes; runtimes read no larger.
-const maxConflist = 2 << 20
-
 // readChain reads the user's conflist and checks that it can be run: skipstack must be
 // in it, and all its plugins in cniPath.
 func readChain(conflist, cniPath string) (o hereOptions, err error) {
-	raw, err := regular.Read(conflist, maxConflist)
+	raw, err := regular.Read(conflist, plugin.MaxConflist)
 	if err != nil {
 		return o, fmt.Errorf("--conflist: %w", err)
 	}

@@ -172,7 +172,7 @@ func (c *common) resolve(given func(flag string) bool) (plugin.Config, error) {
 		if c.config == "" {
 			return conf, emptyFlag("config")
 		}
-		raw, err := regular.Read(c.config, maxConfig)
+		raw, err := regular.Read(c.config, plugin.MaxConflist)
 		if err != nil {
 			return conf, fmt.Errorf("read the configuration: %w; %w", err, errUsage)
 		}
@@ -207,9 +207,6 @@ func (c *common) resolve(given func(flag string) bool) (plugin.Config, error) {
 func emptyFlag(name string) error {
 	return fmt.Errorf("--%s has no value; %w", name, errUsage)
 }
-
-// maxConfig is the largest configuration that is read, in bytes.
-const maxConfig = 1 << 20
 
 // command makes a command that takes no arguments and the common flags.
 func (c *cli) command(use, short, long string, withJSON bool, run func(cmd *cobra.Command, conf plugin.Config, asJSON bool) error) *cobra.Command {

@@ -330,10 +330,10 @@ func TestConfigFile(t *testing.T) {
 	if err := unix.Mkfifo(fifo, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.WriteFile(large, bytes.Repeat([]byte(" "), maxConfig+1), 0o600); err != nil {
+	if err := os.WriteFile(large, bytes.Repeat([]byte(" "), plugin.MaxConflist+1), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	for path, why := range map[string]string{fifo: "not a regular file", dir: "not a regular file", "/dev/zero": "not a regular file", large: "larger than 1048576 bytes"} {
+	for path, why := range map[string]string{fifo: "not a regular file", dir: "not a regular file", "/dev/zero": "not a regular file", large: "larger than 2097152 bytes"} {
 		f, runDir := newFake(t)
 		if code, out, errs := exec(f, "load", "--run-dir", runDir, "--config", path); code != 2 || out != "" || !strings.Contains(errs, why) || f.loaded {
 			t.Errorf("%s: code %d, %s%s", path, code, out, errs)

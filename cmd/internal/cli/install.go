@@ -117,7 +117,7 @@ func (c *cli) entry(cmd *cobra.Command, parsed plugin.Config, mode string, risks
 	given := cmd.Flags().Changed
 	entry := bytes.Clone(conf.Entry)
 	if given("config") {
-		raw, err := regular.Read(cmd.Flag("config").Value.String(), maxConfig)
+		raw, err := regular.Read(cmd.Flag("config").Value.String(), plugin.MaxConflist)
 		if err == nil {
 			entry, err = plugin.FindEntry(raw)
 		}

@@ -15,6 +15,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/skipstack/skipstack/plugin"
 	"github.com/skipstack/skipstack/plugin/regular"
 	"golang.org/x/sys/unix"
 )
@@ -188,7 +189,7 @@ func readOpen(name string, f *os.File) (file, error) {
 		return file{}, fmt.Errorf("stat %s: %w", f.Name(), err)
 	}
 	var err error
-	out.text, err = regular.ReadOpen(f, maxFile)
+	out.text, err = regular.ReadOpen(f, plugin.MaxConflist)
 	if errors.Is(err, regular.ErrNotRegular) || errors.Is(err, regular.ErrTooLarge) {
 		err = refuse("%w", err)
 	}

@@ -34,9 +34,6 @@ var ErrEdited = errors.New("skipstack's entry there has other settings")
 // be half written.
 var errNotLoadable = errors.New("the container runtime cannot load it")
 
-// maxFile is the largest configuration that containerd loads (go-cni, opts.go).
-const maxFile = 2 << 20
-
 func refuse(format string, args ...any) error {
 	return fmt.Errorf("%w: %w", ErrRefused, fmt.Errorf(format, args...))
 }
@@ -397,8 +394,8 @@ type member struct {
 // duplicates.
 func object(text []byte) ([]member, error) {
 	switch {
-	case len(text) > maxFile:
-		return nil, refuse("it is larger than %d bytes", maxFile)
+	case len(text) > plugin.MaxConflist:
+		return nil, refuse("it is larger than %d bytes", plugin.MaxConflist)
 	case len(bytes.TrimSpace(text)) == 0:
 		return nil, refuse("%w: it is empty", errNotLoadable)
 	case bytes.HasPrefix(text, []byte("\xef\xbb\xbf")):

@@ -426,7 +426,7 @@ func TestRefused(t *testing.T) {
 			}
 			b.opts.BinDir = b.bin
 		}, want: "not a regular file"},
-		{name: "too large", files: map[string]string{"10-flannel.conflist": flannel + strings.Repeat(" ", maxFile)}, want: "larger than"},
+		{name: "too large", files: map[string]string{"10-flannel.conflist": flannel + strings.Repeat(" ", plugin.MaxConflist)}, want: "larger than"},
 		{name: "first is broken", files: map[string]string{"10-flannel.conflist": "{", "20.conflist": flannel}, want: "10-flannel.conflist: the container runtime cannot load it"},
 		{name: "first is broken, another by name", files: map[string]string{"10-flannel.conflist": "{", "20.conflist": flannel}, prepare: func(b *bed) { b.opts.Conflist = "20.conflist" }, force: true},
 		{name: "no network", want: "has the primary plugin started"},

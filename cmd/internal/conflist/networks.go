@@ -11,6 +11,7 @@ import (
 
 	"github.com/containernetworking/cni/libcni"
 
+	"github.com/skipstack/skipstack/plugin"
 	"github.com/skipstack/skipstack/plugin/regular"
 )
 
@@ -75,7 +76,7 @@ func IsNetwork(name string) bool {
 // load reads a file as runtimes do: symbolic links lead anywhere. The error wraps
 // errNotLoadable where the text may be half written.
 func load(path string) (Network, error) {
-	text, err := regular.Read(path, maxFile)
+	text, err := regular.Read(path, plugin.MaxConflist)
 	if err != nil {
 		return Network{}, fmt.Errorf("the container runtime cannot read it: %w", err)
 	}

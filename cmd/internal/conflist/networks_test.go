@@ -9,6 +9,8 @@ import (
 
 	"github.com/containernetworking/cni/libcni"
 	"golang.org/x/sys/unix"
+
+	"github.com/skipstack/skipstack/plugin"
 )
 
 // What is found is what libcni's users load, in their order: the first by name.
@@ -38,7 +40,7 @@ func TestNetworks(t *testing.T) {
 		"links":            {files: files{"10.conflist": link("../out"), "../out": text(list), "20.conflist": link("../alias"), "../alias": link("out")}, want: []string{"10.conflist: bridge skipstack", "20.conflist: bridge skipstack"}},
 		"a dangling link":  {files: files{"10.conflist": link("nowhere"), "20.conflist": text(list)}, want: []string{"20.conflist: bridge skipstack"}, broken: "10.conflist: the container runtime cannot read it"},
 		"a FIFO":           {files: files{"10.conflist": fifo, "20.conflist": text(list)}, want: []string{"20.conflist: bridge skipstack"}, broken: "not a regular file"},
-		"too large":        {files: files{"10.conflist": text(list + strings.Repeat(" ", maxFile)), "20.conf": text(single)}, want: []string{"20.conf: ptp"}, broken: "larger than"},
+		"too large":        {files: files{"10.conflist": text(list + strings.Repeat(" ", plugin.MaxConflist)), "20.conf": text(single)}, want: []string{"20.conf: ptp"}, broken: "larger than"},
 		"broken first":     {files: files{"10.conflist": text("{"), "20.conflist": text(`{"name":"n","plugins":[]}`), "30.conf": text(single)}, want: []string{"30.conf: ptp"}, broken: "10.conflist: the container runtime cannot load it"},
 		"broken later":     {files: files{"10.conf": text(single), "20.conflist": text("{")}, want: []string{"10.conf: ptp"}},
 		"broken alone":     {files: files{"10.conf": text("")}, broken: "10.conf"},

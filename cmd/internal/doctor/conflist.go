@@ -56,13 +56,10 @@ func FindConflist(dir string) (Conflist, error) {
 	return found, nil
 }
 
-// maxConflist is the largest conflist that is looked at, in bytes.
-const maxConflist = 2 << 20
-
 // ReadConflist describes a conflist that was named.
 func ReadConflist(path string) Conflist {
 	c := Conflist{Path: path, Used: path}
-	if raw, err := regular.Read(path, maxConflist); err == nil {
+	if raw, err := regular.Read(path, plugin.MaxConflist); err == nil {
 		c.describe(raw)
 	}
 	return c
