@@ -1,17 +1,15 @@
 package main
 
 import (
-	"bufio"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 
 	"github.com/skipstack/skipstack/test/report"
+	"github.com/skipstack/skipstack/test/testjson"
 	"github.com/skipstack/skipstack/test/vm/job"
 )
 
@@ -22,31 +20,20 @@ type judge struct {
 	verbose bool
 	log     *os.File
 	suite   report.Suite
-	decoder *exec.Cmd
-	in      io.WriteCloser
-	decoded chan error
+	decoder *testjson.Decoder
 	ended   bool
 	problem error
 }
 
 func newJudge(out io.Writer, logs string, verbose bool) (*judge, error) {
-	j := &judge{out: out, verbose: verbose, suite: report.Suite{Name: strings.TrimPrefix(inside, "./")}, decoded: make(chan error, 1)}
+	j := &judge{out: out, verbose: verbose, suite: report.Suite{Name: strings.TrimPrefix(inside, "./")}}
 	var err error
 	if j.log, err = os.Create(filepath.Join(logs, "tests")); err != nil {
 		return nil, err
 	}
-	j.decoder = exec.Command("go", "tool", "test2json")
-	if j.in, err = j.decoder.StdinPipe(); err != nil {
-		return nil, err
+	if j.decoder, err = testjson.NewDecoder(j.test); err != nil {
+		return nil, errors.Join(err, j.log.Close())
 	}
-	events, err := j.decoder.StdoutPipe()
-	if err != nil {
-		return nil, err
-	}
-	if err := j.decoder.Start(); err != nil {
-		return nil, fmt.Errorf("go tool test2json: %w", err)
-	}
-	go func() { j.decoded <- j.decode(events) }()
 	return j, nil
 }
 
@@ -59,7 +46,7 @@ func (j *judge) event(e job.Event) error {
 		if _, err := j.log.WriteString(e.Text); err != nil {
 			return err
 		}
-		_, err := io.WriteString(j.in, e.Text)
+		_, err := io.WriteString(j.decoder, e.Text)
 		return err
 	case job.Ended:
 		j.ended = true
@@ -73,48 +60,22 @@ func (j *judge) event(e job.Event) error {
 	return nil
 }
 
-type testEvent struct {
-	Action, Test, Output, Key, Value string
-	Elapsed                          float64
-}
-
-func (j *judge) decode(in io.Reader) error {
-	said, attrs := map[string]*strings.Builder{}, map[string][]report.Attr{}
-	sc := bufio.NewScanner(in)
-	sc.Buffer(nil, 16<<20)
-	for sc.Scan() {
-		var e testEvent
-		if err := json.Unmarshal(sc.Bytes(), &e); err != nil {
-			return fmt.Errorf("go tool test2json said %q: %w", sc.Text(), err)
-		}
-		if said[e.Test] == nil {
-			said[e.Test] = &strings.Builder{}
-		}
-		switch e.Action {
-		case "output":
-			said[e.Test].WriteString(e.Output)
-		case "attr":
-			attrs[e.Test] = append(attrs[e.Test], report.Attr{Key: e.Key, Value: e.Value})
-		case report.Pass, report.Fail, report.Skip:
-			if e.Test == "" {
-				continue
-			}
-			t := report.Test{Name: e.Test, Result: e.Action, Attrs: attrs[e.Test], Unexpected: e.Action == report.Skip}
-			j.suite.Tests = append(j.suite.Tests, t)
-			fmt.Fprintf(j.out, "%-4s  %s (%.0f s)\n", e.Action, e.Test, e.Elapsed)
-			if j.verbose || e.Action != report.Pass {
-				for line := range strings.Lines(said[e.Test].String()) {
-					fmt.Fprintf(j.out, "      | %s\n", strings.TrimRight(line, "\n"))
-				}
-			}
-		}
+// test takes what came of a test.
+func (j *judge) test(r testjson.Result) {
+	if r.Name == "" {
+		return
 	}
-	return sc.Err()
+	r.Unexpected = r.Result == report.Skip
+	j.suite.Tests = append(j.suite.Tests, r.Test)
+	fmt.Fprintf(j.out, "%-4s  %s (%.0f s)\n", r.Result, r.Name, r.Seconds)
+	if j.verbose || r.Result != report.Pass {
+		fmt.Fprint(j.out, testjson.Quote(r.Output))
+	}
 }
 
 // close returns what came of the tests, and what went wrong beside them.
 func (j *judge) close() (report.Suite, error) {
-	err := errors.Join(j.in.Close(), <-j.decoded, j.decoder.Wait(), j.log.Close())
+	err := errors.Join(j.decoder.Close(), j.log.Close())
 	if !j.ended {
 		return j.suite, errors.Join(err, errors.New("the tests did not end"))
 	}

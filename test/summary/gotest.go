@@ -1,22 +1,14 @@
 package main
 
 import (
-	"bufio"
-	"cmp"
-	"encoding/json"
 	"fmt"
 	"io"
 	"os"
 	"strings"
 
 	"github.com/skipstack/skipstack/test/report"
+	"github.com/skipstack/skipstack/test/testjson"
 )
-
-// An event is a line of `go test -json`.
-type event struct {
-	Action, Package, ImportPath, Test, Output, Key, Value string
-	Elapsed                                               float64
-}
 
 type key struct{ pkg, test string }
 
@@ -29,70 +21,47 @@ func (k key) String() string {
 func readTests(in io.Reader, out io.Writer, allowed allowList) ([]report.Suite, error) {
 	var suites []report.Suite
 	tests := map[string][]report.Test{} // of packages that have not ended
-	output := map[key][]string{}
-	attrs := map[key][]report.Attr{}
-	sc := bufio.NewScanner(in)
-	sc.Buffer(nil, 16<<20)
-	for sc.Scan() {
-		var e event
-		if json.Unmarshal(sc.Bytes(), &e) != nil || e.Action == "" {
-			fmt.Fprintln(out, sc.Text())
-			continue
+	err := testjson.Read(in, func(r testjson.Result) {
+		k := key{r.Package, r.Name}
+		switch r.Result {
+		case testjson.BuildFail: // its package's failure follows
+			fmt.Fprintf(out, "FAIL  %s\n%s", k, r.Output)
+			return
+		case report.Fail:
+			fmt.Fprintf(out, "FAIL  %s %s\n%s", k, seconds(r.Seconds), r.Output)
 		}
-		k := key{cmp.Or(e.Package, e.ImportPath), e.Test}
-		switch e.Action {
-		case "output", "build-output":
-			output[k] = append(output[k], e.Output)
-			continue
-		case "attr":
-			attrs[k] = append(attrs[k], report.Attr{Key: e.Key, Value: e.Value})
-			continue
-		case "build-fail": // its package's failure follows
-			fmt.Fprintf(out, "FAIL  %s\n%s", k, strings.Join(output[k], ""))
-			delete(output, k)
-			continue
-		case "pass", "skip", "fail":
-		default:
-			continue
-		}
-		failed := e.Action == "fail"
-		if failed {
-			fmt.Fprintf(out, "FAIL  %s %s\n%s", k, seconds(e.Elapsed), strings.Join(output[k], ""))
-		}
-		if e.Test != "" {
-			t := report.Test{Name: e.Test, Result: e.Action, Attrs: attrs[k]}
-			if e.Action == "skip" {
+		if r.Name != "" {
+			if r.Result == report.Skip {
 				var expected bool
-				if t.Reason, expected = allowed.reason(k); !expected {
-					t.Reason, t.Unexpected = lastWord(output[k]), true
-					fmt.Fprintf(out, "skip not on the allow-list: %s: %s\n", k, t.Reason)
+				if r.Reason, expected = allowed.reason(k); !expected {
+					r.Reason, r.Unexpected = lastWord(r.Output), true
+					fmt.Fprintf(out, "skip not on the allow-list: %s: %s\n", k, r.Reason)
 				}
 			}
-			tests[e.Package] = append(tests[e.Package], t)
-		} else if e.Action != "skip" { // which is that there are no test files
-			s := report.Suite{Name: strings.TrimPrefix(e.Package, module), Seconds: e.Elapsed, Tests: tests[e.Package]}
-			if failed && s.Count().Failed == 0 {
+			tests[r.Package] = append(tests[r.Package], r.Test)
+		} else if r.Result != report.Skip { // which is that there are no test files
+			s := report.Suite{Name: strings.TrimPrefix(r.Package, module), Seconds: r.Seconds, Tests: tests[r.Package]}
+			if r.Result == report.Pass {
+				fmt.Fprintf(out, "ok    %-40s %s\n", s.Name, seconds(s.Seconds))
+			} else if s.Count().Failed == 0 {
 				s.Tests = append(s.Tests, report.Test{Name: "(package)", Result: report.Fail})
 			}
-			if !failed {
-				fmt.Fprintf(out, "ok    %-40s %s\n", s.Name, seconds(e.Elapsed))
-			}
 			suites = append(suites, s)
-			delete(tests, e.Package)
+			delete(tests, r.Package)
 		}
-		delete(output, k)
-		delete(attrs, k)
-	}
-	if err := sc.Err(); err != nil {
-		// The command must not wait for a reader.
-		_, _ = io.Copy(io.Discard, in)
+	}, func(line string) error {
+		fmt.Fprintln(out, line)
+		return nil
+	})
+	if err != nil {
 		return suites, fmt.Errorf("read test output: %w", err)
 	}
 	return suites, nil
 }
 
 // lastWord is the last line that a skipped test printed of its own.
-func lastWord(lines []string) string {
+func lastWord(output string) string {
+	lines := strings.Split(output, "\n")
 	for i := len(lines) - 1; i >= 0; i-- {
 		line := strings.TrimSpace(lines[i])
 		if line != "" && !strings.HasPrefix(line, "---") && !strings.HasPrefix(line, "===") {

@@ -2,18 +2,17 @@ package main
 
 import (
 	"bytes"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"regexp"
 	"strings"
 	"time"
 
 	"github.com/skipstack/skipstack/test/report"
+	"github.com/skipstack/skipstack/test/testjson"
 	"github.com/skipstack/skipstack/test/vm/job"
 )
 
@@ -123,80 +122,50 @@ func (j *judge) close() {
 	}
 }
 
-type testEvent struct{ Action, Test, Output, Key, Value string }
-
 // tests reads what a test binary said.
 func (j *judge) tests(out io.Writer, s suite, output []byte) (tests []report.Test, err error) {
-	cmd := exec.Command("go", "tool", "test2json")
-	cmd.Stdin = bytes.NewReader(output)
-	text, err := cmd.Output()
-	if err != nil {
-		return nil, fmt.Errorf("go tool test2json: %w", err)
-	}
-	said, attrs := map[string]*strings.Builder{}, map[string][]report.Attr{}
 	var failed, skips []string
 	ran := 0
-	for line := range bytes.Lines(text) {
-		var e testEvent
-		if err := json.Unmarshal(line, &e); err != nil {
-			return nil, fmt.Errorf("go tool test2json said %q: %w", line, err)
-		}
-		if said[e.Test] == nil {
-			said[e.Test] = &strings.Builder{}
-		}
-		switch e.Action {
-		case "output":
-			said[e.Test].WriteString(e.Output)
-			continue
-		case "attr":
-			attrs[e.Test] = append(attrs[e.Test], report.Attr{Key: e.Key, Value: e.Value})
-			continue
-		case report.Pass, report.Fail, report.Skip:
-		default:
-			continue
-		}
-		if e.Test == "" {
-			if e.Action == report.Fail && len(failed) == 0 {
-				fmt.Fprint(out, indent(said[""].String()))
+	decoder, err := testjson.NewDecoder(func(r testjson.Result) {
+		quote := r.Result == report.Fail
+		if r.Name == "" {
+			quote = quote && len(failed) == 0
+		} else {
+			switch r.Result {
+			case report.Pass:
+				ran++
+				quote = j.verbose
+			case report.Fail:
+				failed = append(failed, r.Name)
+			case report.Skip:
+				var expected bool
+				if r.Reason, expected = s.skips[r.Name]; !expected {
+					skips = append(skips, r.Name)
+					r.Unexpected, r.Reason = true, "unexpected"
+					quote = true
+				}
 			}
-			continue
+			tests = append(tests, r.Test)
 		}
-		test := report.Test{Name: e.Test, Result: e.Action, Attrs: attrs[e.Test]}
-		switch e.Action {
-		case report.Pass:
-			ran++
-			if j.verbose {
-				fmt.Fprint(out, indent(said[e.Test].String()))
-			}
-		case report.Fail:
-			failed = append(failed, e.Test)
-			fmt.Fprint(out, indent(said[e.Test].String()))
-		case report.Skip:
-			var expected bool
-			if test.Reason, expected = s.skips[e.Test]; !expected {
-				skips = append(skips, e.Test)
-				test.Unexpected, test.Reason = true, "unexpected"
-				fmt.Fprint(out, indent(said[e.Test].String()))
-			}
+		if quote {
+			fmt.Fprint(out, testjson.Quote(r.Output))
 		}
-		tests = append(tests, test)
+	})
+	if err != nil {
+		return nil, err
+	}
+	_, err = decoder.Write(output)
+	if err = errors.Join(err, decoder.Close()); err != nil {
+		return nil, err
 	}
 	if len(failed) > 0 {
 		err = fmt.Errorf("failed: %s", strings.Join(failed, ", "))
 	} else if ran == 0 {
-		fmt.Fprint(out, indent(string(output)))
+		fmt.Fprint(out, testjson.Quote(string(output)))
 		err = errors.New("no test ran")
 	}
 	if len(skips) > 0 {
 		err = errors.Join(err, fmt.Errorf("skipped without reason: %s", strings.Join(skips, ", ")))
 	}
 	return tests, err
-}
-
-func indent(text string) string {
-	var b strings.Builder
-	for line := range strings.Lines(text) {
-		b.WriteString("      | " + strings.TrimRight(line, "\n") + "\n")
-	}
-	return b.String()
 }
