@@ -95,7 +95,7 @@ type Decoder struct {
 // NewDecoder starts a decoder. It calls ended from another goroutine until it is
 // closed, which is the caller's task.
 func NewDecoder(ended func(Result)) (*Decoder, error) {
-	d := &Decoder{cmd: exec.Command("go", "tool", "test2json"), read: make(chan error, 1)}
+	d := &Decoder{cmd: exec.Command("go", "tool", "test2json", "-t"), read: make(chan error, 1)}
 	var err error
 	if d.in, err = d.cmd.StdinPipe(); err != nil {
 		return nil, err
