@@ -91,7 +91,7 @@ func TestComplaints(t *testing.T) {
 		if err := os.WriteFile(path, []byte(healthy+bad+"\r\n"+healthy), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		got, err := Complaints(path)
+		got, err := complaints(path)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -148,8 +148,17 @@ type Options struct {
 
 // Boot runs a virtual machine until it powers off. What its script's runs did goes
 // to handle. It fails if the machine does not come to the end of its script before
-// ctx is done.
+// ctx is done, or if the kernel reports trouble on its console.
 func (q *QEMU) Boot(ctx context.Context, o Options, handle func(job.Event) error) error {
+	err := q.boot(ctx, o, handle)
+	said, readErr := complaints(o.Console)
+	if len(said) > 0 {
+		err = errors.Join(err, fmt.Errorf("the kernel complained: %s", strings.Join(said, "; ")))
+	}
+	return errors.Join(err, readErr)
+}
+
+func (q *QEMU) boot(ctx context.Context, o Options, handle func(job.Event) error) error {
 	args := slices.Concat(q.args, q.computer.args)
 	if o.OwnTime {
 		args = append(args, "-accel", "tcg,thread=single", "-icount", "shift=1,sleep=off")
@@ -241,8 +250,8 @@ var trouble = regexp.MustCompile(`WARNING: |BUG: |BUG at |Oops|Call [Tt]race:|Ke
 	`double fault|invalid opcode|Unable to handle kernel|detected stall|blocked for more than|[Oo]ut of memory: |` +
 	`page allocation failure|KASAN|UBSAN|refcount_t: |list_(add|del) corruption|unregister_netdevice: waiting for`)
 
-// Complaints returns the lines of a console in which the kernel reports trouble.
-func Complaints(console string) ([]string, error) {
+// complaints returns the lines of a console in which the kernel reports trouble.
+func complaints(console string) ([]string, error) {
 	text, err := os.ReadFile(console)
 	if err != nil {
 		return nil, err
