@@ -2,11 +2,11 @@ package main
 
 import (
 	"context"
-	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
+
+	"github.com/skipstack/skipstack/test/vm/machine"
 )
 
 // kubernetes is the directory of the module that pins Kubernetes' version. It is
@@ -39,10 +39,10 @@ func (l *lab) build(ctx context.Context) error {
 	if err := os.MkdirAll(bin, 0o755); err != nil {
 		return err
 	}
-	if err := goTool(ctx, "", nil, append([]string{"build", "-trimpath", "-o", bin}, programs...)...); err != nil {
+	if _, err := machine.Go(ctx, "", machine.AMD64, append([]string{"build", "-trimpath", "-o", bin}, programs...)...); err != nil {
 		return err
 	}
-	if err := goTool(ctx, "", nil, "test", "-c", "-o", bin, inside); err != nil {
+	if _, err := machine.Go(ctx, "", machine.AMD64, "test", "-c", "-o", bin, inside); err != nil {
 		return err
 	}
 	return l.buildKubernetes(ctx)
@@ -51,11 +51,11 @@ func (l *lab) build(ctx context.Context) error {
 // buildKubernetes builds Kubernetes' programs once for each version: that takes half
 // an hour of two CPUs, and finding that nothing has changed a minute.
 func (l *lab) buildKubernetes(ctx context.Context) error {
-	var list strings.Builder
-	if err := goTool(ctx, kubernetes, &list, "list", "-m", "-f", "{{.Version}}", "k8s.io/kubernetes"); err != nil {
+	list, err := machine.Go(ctx, kubernetes, machine.AMD64, "list", "-m", "-f", "{{.Version}}", "k8s.io/kubernetes")
+	if err != nil {
 		return err
 	}
-	version := strings.TrimSpace(list.String())
+	version := strings.TrimSpace(list)
 	l.kubernetes = filepath.Join(l.cache, "kubernetes-"+version)
 	if err := os.MkdirAll(l.kubernetes, 0o755); err != nil {
 		return err
@@ -68,7 +68,7 @@ func (l *lab) buildKubernetes(ctx context.Context) error {
 		logf("building %s %s", name, version)
 		// The name comes last, so that a build that was cut short is begun again.
 		part := path + ".part"
-		err := goTool(ctx, kubernetes, nil, "build", "-trimpath", "-ldflags=-s -w -X k8s.io/component-base/version.gitVersion="+version,
+		_, err := machine.Go(ctx, kubernetes, machine.AMD64, "build", "-trimpath", "-ldflags=-s -w -X k8s.io/component-base/version.gitVersion="+version,
 			"-o", part, "k8s.io/kubernetes/cmd/"+name)
 		if err == nil {
 			err = os.Rename(part, path)
@@ -76,21 +76,6 @@ func (l *lab) buildKubernetes(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-	}
-	return nil
-}
-
-func goTool(ctx context.Context, dir string, out *strings.Builder, args ...string) error {
-	cmd := exec.CommandContext(ctx, "go", args...)
-	cmd.Dir = dir
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH=amd64")
-	if out == nil {
-		out = &strings.Builder{}
-	}
-	var errs strings.Builder
-	cmd.Stdout, cmd.Stderr = out, &errs
-	if err := cmd.Run(); err != nil {
-		return fmt.Errorf("go %s: %w\n%s%s", strings.Join(args, " "), err, out, errs.String())
 	}
 	return nil
 }

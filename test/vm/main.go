@@ -20,7 +20,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"os/exec"
 	"os/signal"
 	"path/filepath"
 	"regexp"
@@ -219,7 +218,7 @@ func (l *lab) prepare(ctx context.Context, plans []plan) (err error) {
 
 // build builds all programs and test binaries, static.
 func (l *lab) build(ctx context.Context, plans []plan) error {
-	if err := l.goTool(ctx, l.arch, "build", "-o", filepath.Join(l.bin, "guest"), "./test/vm/guest"); err != nil {
+	if _, err := machine.Go(ctx, "", l.arch, "build", "-o", filepath.Join(l.bin, "guest"), "./test/vm/guest"); err != nil {
 		return err
 	}
 	for _, p := range programs {
@@ -227,7 +226,7 @@ func (l *lab) build(ctx context.Context, plans []plan) error {
 		if p.compat {
 			arch = compat[l.arch]
 		}
-		if err := l.goTool(ctx, arch, "build", "-o", filepath.Join(l.bin, p.name), p.pkg); err != nil {
+		if _, err := machine.Go(ctx, "", arch, "build", "-o", filepath.Join(l.bin, p.name), p.pkg); err != nil {
 			return err
 		}
 	}
@@ -238,19 +237,10 @@ func (l *lab) build(ctx context.Context, plans []plan) error {
 				continue
 			}
 			done[s.pkg] = true
-			if err := l.goTool(ctx, l.arch, "test", "-c", "-o", filepath.Join(l.bin, binary(s.pkg)), "./"+s.pkg); err != nil {
+			if _, err := machine.Go(ctx, "", l.arch, "test", "-c", "-o", filepath.Join(l.bin, binary(s.pkg)), "./"+s.pkg); err != nil {
 				return err
 			}
 		}
-	}
-	return nil
-}
-
-func (l *lab) goTool(ctx context.Context, arch string, args ...string) error {
-	cmd := exec.CommandContext(ctx, "go", args...)
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH="+arch)
-	if out, err := cmd.CombinedOutput(); err != nil {
-		return fmt.Errorf("go %s: %w\n%s", strings.Join(args, " "), err, out)
 	}
 	return nil
 }
