@@ -3,6 +3,7 @@ package machine
 import (
 	"bufio"
 	"bytes"
+	"maps"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -19,7 +20,7 @@ func TestArchive(t *testing.T) {
 	var b bytes.Buffer
 	a := NewArchive(&b)
 	files := map[string]string{"init": "x", "a/b/four": "four", "a/b/empty": "", "a/five5": "five5"}
-	for _, name := range slices.Sorted(maps(files)) {
+	for _, name := range slices.Sorted(maps.Keys(files)) {
 		if err := a.File(name, 0o755, []byte(files[name])); err != nil {
 			t.Fatal(err)
 		}
@@ -57,16 +58,6 @@ func TestArchive(t *testing.T) {
 	}
 	if !reflect.DeepEqual(got, files) {
 		t.Errorf("%q, want %q", got, files)
-	}
-}
-
-func maps(m map[string]string) func(func(string) bool) {
-	return func(yield func(string) bool) {
-		for k := range m {
-			if !yield(k) {
-				return
-			}
-		}
 	}
 }
 
