@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/skipstack/skipstack/test/debian"
+	"github.com/skipstack/skipstack/test/must"
 	"github.com/skipstack/skipstack/test/node"
 	"github.com/skipstack/skipstack/test/runtimes/containerd"
 )
@@ -58,35 +59,10 @@ func programs(ctx context.Context, s containerd.Series) (*containerd.Programs, e
 	return containerd.Fetch(ctx, cache, apt, s)
 }
 
-func must[T any](v T, err error) func(testing.TB) T {
-	return func(t testing.TB) T {
-		t.Helper()
-		check(t, err)
-		return v
-	}
-}
-
-func check(t testing.TB, err error) {
-	t.Helper()
-	if err != nil {
-		t.Fatal(err)
-	}
-}
-
 // wait waits until f finds nothing to complain about.
 func wait(t testing.TB, f func() error) {
 	t.Helper()
-	deadline := time.Now().Add(patience)
-	for {
-		err := f()
-		if err == nil {
-			return
-		}
-		if time.Now().After(deadline) {
-			t.Fatal(err)
-		}
-		time.Sleep(5 * time.Millisecond)
-	}
+	must.Wait(t, patience, 5*time.Millisecond, f)
 }
 
 func join(names []string) string { return strings.Join(names, ", ") }

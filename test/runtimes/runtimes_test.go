@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"github.com/skipstack/skipstack/plugin/datapath"
+	"github.com/skipstack/skipstack/test/must"
 	"github.com/skipstack/skipstack/test/node"
 	"github.com/skipstack/skipstack/test/runtimes/cri"
 )
@@ -38,9 +39,9 @@ func TestWays(t *testing.T) {
 			"Service":       {IP: netip.MustParseAddr("10.96.0.1"), Port: 81, Backend: netip.MustParseAddr(server.ip), BackendPort: 80, Masquerade: true},
 			"Service, IPv6": {IP: netip.MustParseAddr("fd00:96::1"), Port: 81, Backend: netip.MustParseAddr(server.ip6), BackendPort: 80, Masquerade: true},
 		} {
-			service := must(s.AddService(o))(s.t)
+			service := must.Get(s.AddService(o))(s.t)
 			s.accelerated(c, at(o.IP.String(), 81), client, server)
-			check(s.t, service.Close())
+			must.Do(s.t, service.Close())
 			s.works(what)
 		}
 		// The bridge's address is the node's.
@@ -61,7 +62,7 @@ func TestContainersOfOnePod(t *testing.T) {
 		s.works("two containers of one pod")
 
 		// A container that is restarted is in the pod's cgroup again.
-		check(s.t, server.Remove(t.Context()))
+		must.Do(s.t, server.Remove(t.Context()))
 		p.run("serve", 1, "serve", "80")
 		s.accelerated(c, at("127.0.0.1", 80), p)
 		s.works("restart of a container")
@@ -97,7 +98,7 @@ func TestRemoval(t *testing.T) {
 		for range 3 {
 			gone := s.pod("gone", cri.PodOptions{})
 			s.accelerated(gone.run("talk", 0, "pause"), at(server.ip, 80), gone, server)
-			check(t, gone.remove())
+			must.Do(t, gone.remove())
 			s.attached(gone, false)
 		}
 		s.attached(server, true)
@@ -117,7 +118,7 @@ func TestRestartOfTheRuntime(t *testing.T) {
 		c := client.run("talk", 0, "pause")
 		s.waitOpen()
 		s.accelerated(c, at(server.ip, 80), client, server)
-		check(s.t, s.daemon.Stop())
+		must.Do(s.t, s.daemon.Stop())
 		s.start()
 		wait(s.t, func() error { return s.client.NetworkReady(t.Context()) })
 		s.accelerated(c, at(server.ip, 80), client, server)
@@ -135,7 +136,7 @@ func TestReboot(t *testing.T) {
 		if _, err := datapath.Unload(t.Context(), s.BPFFS, true); err != nil {
 			s.t.Fatal(err)
 		}
-		check(s.t, old.remove())
+		must.Do(s.t, old.remove())
 		server, client := s.pod("server", cri.PodOptions{}), s.pod("client", cri.PodOptions{})
 		server.run("serve", 0, "serve", "80")
 		s.waitOpen()
@@ -155,7 +156,7 @@ func TestManyPodsAtOnce(t *testing.T) {
 		}
 		wg.Wait()
 		for _, err := range errs {
-			check(s.t, err)
+			must.Do(s.t, err)
 		}
 		s.waitOpen()
 		// Those for which there was no time at first are attached later.
@@ -177,5 +178,5 @@ func TestManyPodsAtOnce(t *testing.T) {
 
 func (s *site) records() []string {
 	s.t.Helper()
-	return must(filepath.Glob(filepath.Join(s.RunDir, "attachments", "[0-9a-f]*.json")))(s.t)
+	return must.Get(filepath.Glob(filepath.Join(s.RunDir, "attachments", "[0-9a-f]*.json")))(s.t)
 }

@@ -18,6 +18,7 @@ import (
 
 	"github.com/skipstack/skipstack/plugin/datapath"
 	"github.com/skipstack/skipstack/plugin/verdict"
+	"github.com/skipstack/skipstack/test/must"
 	"github.com/skipstack/skipstack/test/node"
 	"github.com/skipstack/skipstack/test/report"
 	"github.com/skipstack/skipstack/test/runtimes/containerd"
@@ -36,7 +37,7 @@ type site struct {
 func eachRuntime(t *testing.T, f func(s *site)) {
 	node.Need(t)
 	for _, series := range series {
-		p := must(programs(t.Context(), series))(t)
+		p := must.Get(programs(t.Context(), series))(t)
 		t.Run("containerd "+p.Version, func(t *testing.T) { f(newSite(t, p)) })
 	}
 }
@@ -47,35 +48,35 @@ func newSite(t *testing.T, p *containerd.Programs) *site {
 
 	// The sockets' names must be short, and what a killed test leaves must go with
 	// the private machine.
-	dir := must(os.MkdirTemp("/run", "cd"))(t)
+	dir := must.Get(os.MkdirTemp("/run", "cd"))(t)
 	t.Cleanup(func() {
 		// The last two are what runc and the runtime make where nothing tells them.
 		for _, d := range []string{dir, "/run/containerd", "/run/netns"} {
-			check(t, os.RemoveAll(d))
+			must.Do(t, os.RemoveAll(d))
 		}
 	})
 	for _, program := range []string{"bridge", "host-local", "loopback", "portmap", "skipstack"} {
-		check(t, s.Install(program, filepath.Join(node.ProgramDir(), program)))
+		must.Do(t, s.Install(program, filepath.Join(node.ProgramDir(), program)))
 	}
 	s.writeConflist()
 	image := filepath.Join(dir, "image.tar")
-	check(t, containerd.WriteImage(image, filepath.Join(node.ProgramDir(), "peer")))
-	s.daemon = must(containerd.New(containerd.Options{
-		Programs: p, Dir: dir, CNIBin: s.BinDir, CNIConf: s.ConfDir, Enter: must(enterV1())(t),
+	must.Do(t, containerd.WriteImage(image, filepath.Join(node.ProgramDir(), "peer")))
+	s.daemon = must.Get(containerd.New(containerd.Options{
+		Programs: p, Dir: dir, CNIBin: s.BinDir, CNIConf: s.ConfDir, Enter: must.Get(enterV1())(t),
 	}))(t)
 	s.start()
 	t.Cleanup(func() {
 		if t.Failed() {
 			t.Logf("containerd says:\n%s", s.daemon.Log())
 		}
-		check(t, s.daemon.Stop())
+		must.Do(t, s.daemon.Stop())
 	})
-	check(t, s.daemon.Import(t.Context(), image))
-	s.client = must(cri.Dial(s.daemon.Socket(), filepath.Join(dir, "logs")))(t)
-	t.Cleanup(func() { check(t, s.client.Close()) })
+	must.Do(t, s.daemon.Import(t.Context(), image))
+	s.client = must.Get(cri.Dial(s.daemon.Socket(), filepath.Join(dir, "logs")))(t)
+	t.Cleanup(func() { must.Do(t, s.client.Close()) })
 	wait(t, func() error { return s.client.NetworkReady(t.Context()) })
-	t.Attr(report.AttrRuntime, fmt.Sprintf("containerd %s, runc %s", p.Version, must(runcVersion(t.Context(), p))(t)))
-	t.Attr(report.AttrCgroups, must(cgroups())(t))
+	t.Attr(report.AttrRuntime, fmt.Sprintf("containerd %s, runc %s", p.Version, must.Get(runcVersion(t.Context(), p))(t)))
+	t.Attr(report.AttrCgroups, must.Get(cgroups())(t))
 	return s
 }
 
@@ -111,23 +112,23 @@ func cgroups() (string, error) {
 // start starts the runtime in the node's network namespace.
 func (s *site) start() {
 	s.t.Helper()
-	check(s.t, s.Do(func() error { return s.daemon.Start(context.WithoutCancel(s.t.Context())) }))
+	must.Do(s.t, s.Do(func() error { return s.daemon.Start(context.WithoutCancel(s.t.Context())) }))
 }
 
 // writeConflist writes the bridge conflist of conf/ as an administrator changes it:
 // both address families, and portmap in front of skipstack.
 func (s *site) writeConflist() {
 	s.t.Helper()
-	list := must(s.ConflistFile("../../conf/10-bridge-accept-splice.conflist"))(s.t)
+	list := must.Get(s.ConflistFile("../../conf/10-bridge-accept-splice.conflist"))(s.t)
 	var raw map[string]any
-	check(s.t, json.Unmarshal(list.Bytes, &raw))
+	must.Do(s.t, json.Unmarshal(list.Bytes, &raw))
 	plugins := raw["plugins"].([]any)
 	ipam := plugins[0].(map[string]any)["ipam"].(map[string]any)
 	ipam["ranges"] = append(ipam["ranges"].([]any), []any{map[string]any{"subnet": "fd00:85::/64"}})
 	ipam["routes"] = append(ipam["routes"].([]any), map[string]any{"dst": "::/0"})
 	portmap := map[string]any{"type": "portmap", "backend": "nftables", "capabilities": map[string]any{"portMappings": true}}
 	raw["plugins"] = []any{plugins[0], portmap, plugins[1]}
-	check(s.t, os.WriteFile(filepath.Join(s.ConfDir, "10-bridge.conflist"), must(json.Marshal(raw))(s.t), 0o600))
+	must.Do(s.t, os.WriteFile(filepath.Join(s.ConfDir, "10-bridge.conflist"), must.Get(json.Marshal(raw))(s.t), 0o600))
 }
 
 func random() string {
@@ -150,7 +151,7 @@ type pod struct {
 // pod makes a pod as a kubelet with the cgroupfs driver does: its cgroup first.
 func (s *site) pod(name string, o cri.PodOptions) *pod {
 	s.t.Helper()
-	return must(s.newPod(name, o))(s.t)
+	return must.Get(s.newPod(name, o))(s.t)
 }
 
 func (s *site) newPod(name string, o cri.PodOptions) (*pod, error) {
@@ -198,7 +199,7 @@ func (p *pod) remove() error {
 // run starts a container of the pod.
 func (p *pod) run(name string, attempt uint32, args ...string) *cri.Container {
 	p.s.t.Helper()
-	return must(p.Start(p.s.t.Context(), name, attempt, containerd.Image, args...))(p.s.t)
+	return must.Get(p.Start(p.s.t.Context(), name, attempt, containerd.Image, args...))(p.s.t)
 }
 
 // A conversation is what peer's talk prints.
@@ -242,9 +243,9 @@ func (s *site) plain(c *cri.Container, addr string) {
 
 func (s *site) redirected(pods ...*pod) (bytes uint64) {
 	s.t.Helper()
-	set := must(datapath.Open(s.BPFFS))(s.t)
+	set := must.Get(datapath.Open(s.BPFFS))(s.t)
 	defer set.Close()
-	all := must(set.PodCounters())(s.t)
+	all := must.Get(set.PodCounters())(s.t)
 	for _, p := range pods {
 		bytes += all[p.cgroupID].Redirected.Bytes
 	}
@@ -266,14 +267,14 @@ func (s *site) waitOpen() {
 		}
 		return err
 	})
-	v := must(verdict.Cached(s.RunDir))(s.t)
+	v := must.Get(verdict.Cached(s.RunDir))(s.t)
 	s.t.Attr(report.AttrVerdict, report.Verdict(string(v.Level), v.Risks.Names()))
 }
 
 // attached checks which pods' cgroups have links.
 func (s *site) attached(p *pod, want bool) {
 	s.t.Helper()
-	if got := must(datapath.HasLink(s.BPFFS, p.cgroupID))(s.t); got != want {
+	if got := must.Get(datapath.HasLink(s.BPFFS, p.cgroupID))(s.t); got != want {
 		s.t.Errorf("pod %s is attached: %v, want %v", p.name, got, want)
 	}
 }

@@ -19,6 +19,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/skipstack/skipstack/test/must"
 )
 
 const (
@@ -31,11 +33,11 @@ const (
 // each other, and returns the token that they share.
 func credentials(t *testing.T) (token string) {
 	t.Helper()
-	check(t, os.MkdirAll(clusterDir, 0o700))
-	key := must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))(t)
+	must.Do(t, os.MkdirAll(clusterDir, 0o700))
+	key := must.Get(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))(t)
 	token = rand.Text()
 	for name, text := range map[string]string{
-		"sa.key": string(pem.EncodeToMemory(&pem.Block{Type: "EC PRIVATE KEY", Bytes: must(x509.MarshalECPrivateKey(key))(t)})),
+		"sa.key": string(pem.EncodeToMemory(&pem.Block{Type: "EC PRIVATE KEY", Bytes: must.Get(x509.MarshalECPrivateKey(key))(t)})),
 		"tokens": token + `,node,node,"system:masters"` + "\n",
 		"kubeconfig": fmt.Sprintf(`apiVersion: v1
 kind: Config
@@ -45,7 +47,7 @@ clusters: [{name: test, cluster: {server: %q, certificate-authority: %q}}]
 users: [{name: test, user: {token: %q}}]
 `, apiServer, authority, token),
 	} {
-		check(t, os.WriteFile(filepath.Join(clusterDir, name), []byte(text), 0o600))
+		must.Do(t, os.WriteFile(filepath.Join(clusterDir, name), []byte(text), 0o600))
 	}
 	return token
 }
@@ -59,7 +61,7 @@ type api struct {
 func newAPI(t *testing.T, token string) *api {
 	t.Helper()
 	pool := x509.NewCertPool()
-	if !pool.AppendCertsFromPEM(must(os.ReadFile(authority))(t)) {
+	if !pool.AppendCertsFromPEM(must.Get(os.ReadFile(authority))(t)) {
 		t.Fatalf("%s has no certificate", authority)
 	}
 	return &api{&http.Client{
@@ -106,7 +108,7 @@ const (
 // create makes an object of a file, as soon as the server lets it.
 func (a *api) create(t *testing.T, path, name string) {
 	t.Helper()
-	text := must(testdata.ReadFile("testdata/" + name + ".yaml"))(t)
+	text := must.Get(testdata.ReadFile("testdata/" + name + ".yaml"))(t)
 	wait(t, func() error {
 		err := a.do(t.Context(), http.MethodPost, path, "application/yaml", text, nil)
 		if err != nil && strings.Contains(err.Error(), `"reason":"AlreadyExists"`) {
@@ -119,7 +121,7 @@ func (a *api) create(t *testing.T, path, name string) {
 // patch merges a change into an object.
 func (a *api) patch(t *testing.T, path string, change any) {
 	t.Helper()
-	text := must(json.Marshal(change))(t)
+	text := must.Get(json.Marshal(change))(t)
 	wait(t, func() error {
 		return a.do(t.Context(), http.MethodPatch, path, "application/strategic-merge-patch+json", text, nil)
 	})
@@ -127,7 +129,7 @@ func (a *api) patch(t *testing.T, path string, change any) {
 
 func (a *api) delete(t *testing.T, path string) {
 	t.Helper()
-	check(t, a.do(t.Context(), http.MethodDelete, path, "", nil, nil))
+	must.Do(t, a.do(t.Context(), http.MethodDelete, path, "", nil, nil))
 }
 
 // A deployment is what the tests read of one.

@@ -8,6 +8,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/skipstack/skipstack/test/must"
 )
 
 // TestCluster is a cluster of one node: Services by kube-proxy, and a rolling update.
@@ -20,8 +22,8 @@ func TestCluster(t *testing.T) {
 	a := newAPI(t, token)
 	wait(t, func() error { return a.ready(t.Context()) })
 	const env = "/run/kubelet.env"
-	check(t, os.WriteFile(env, []byte("KUBELET_ARGS=--kubeconfig="+clusterDir+"/kubeconfig\n"), 0o600))
-	t.Cleanup(func() { check(t, os.Remove(env)) })
+	must.Do(t, os.WriteFile(env, []byte("KUBELET_ARGS=--kubeconfig="+clusterDir+"/kubeconfig\n"), 0o600))
+	t.Cleanup(func() { must.Do(t, os.Remove(env)) })
 	n.service("kubelet")
 	a.create(t, pods, "client")
 	a.create(t, deployments, "echo")
@@ -137,7 +139,7 @@ func rollingUpdate(t *testing.T, n *node, a *api, client *pod) {
 		}
 		return nil
 	})
-	check(t, client.run(nil, "touch", stop))
+	must.Do(t, client.run(nil, "touch", stop))
 	if err := <-ended; err != nil {
 		t.Fatal(err)
 	}

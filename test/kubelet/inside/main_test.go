@@ -15,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/skipstack/skipstack/test/must"
 	"github.com/skipstack/skipstack/test/report"
 	"github.com/skipstack/skipstack/test/runtimes/cri"
 )
@@ -81,40 +82,18 @@ func command(args ...string) (string, error) {
 	return string(out), nil
 }
 
-func must[T any](v T, err error) func(testing.TB) T {
-	return func(t testing.TB) T {
-		t.Helper()
-		check(t, err)
-		return v
-	}
-}
-
-func check(t testing.TB, err error) {
-	t.Helper()
-	if err != nil {
-		t.Fatal(err)
-	}
-}
-
 // wait waits until f finds nothing to complain about, and logs what it waits for.
 func wait(t testing.TB, f func() error) {
 	t.Helper()
-	deadline := time.Now().Add(patience)
 	last := ""
-	for {
+	must.Wait(t, patience, time.Second, func() error {
 		err := f()
-		if err == nil {
-			return
-		}
-		if time.Now().After(deadline) {
-			t.Fatal(err)
-		}
-		if err.Error() != last {
+		if err != nil && err.Error() != last {
 			last = err.Error()
 			t.Log("waiting: ", last)
 		}
-		time.Sleep(time.Second)
-	}
+		return err
+	})
 }
 
 // A node is the machine.
@@ -128,7 +107,7 @@ type node struct {
 func newNode(t *testing.T) *node {
 	t.Helper()
 	n := &node{t: t}
-	t.Attr(report.AttrRuntime, must(versions())(t))
+	t.Attr(report.AttrRuntime, must.Get(versions())(t))
 	t.Attr(report.AttrCgroups, "v2, systemd driver")
 	t.Cleanup(func() {
 		if t.Failed() {
@@ -143,8 +122,8 @@ func newNode(t *testing.T) *node {
 			}
 		}
 	})
-	n.client = must(cri.Dial(socket, "/var/log/pods"))(t)
-	t.Cleanup(func() { check(t, n.client.Close()) })
+	n.client = must.Get(cri.Dial(socket, "/var/log/pods"))(t)
+	t.Cleanup(func() { must.Do(t, n.client.Close()) })
 	wait(t, func() error { return n.client.NetworkReady(t.Context()) })
 	return n
 }
@@ -176,8 +155,8 @@ func (n *node) works(what string) {
 // service starts a service, and stops it at the end of the test.
 func (n *node) service(name string) {
 	n.t.Helper()
-	must(command("systemctl", "start", name))(n.t)
-	n.t.Cleanup(func() { must(command("systemctl", "stop", name))(n.t) })
+	must.Get(command("systemctl", "start", name))(n.t)
+	n.t.Cleanup(func() { must.Get(command("systemctl", "stop", name))(n.t) })
 }
 
 // A pod is one that the kubelet has made.

@@ -14,6 +14,7 @@ import (
 
 	"github.com/skipstack/skipstack/plugin"
 	"github.com/skipstack/skipstack/plugin/attachment"
+	"github.com/skipstack/skipstack/test/must"
 	"github.com/skipstack/skipstack/test/report"
 )
 
@@ -64,7 +65,7 @@ func (p *pod) report() (plugin.PodReport, error) {
 func redirected(t *testing.T, pods ...*pod) (bytes uint64) {
 	t.Helper()
 	for _, p := range pods {
-		bytes += must(p.report())(t).Redirected.Bytes
+		bytes += must.Get(p.report())(t).Redirected.Bytes
 	}
 	return bytes
 }
@@ -117,7 +118,7 @@ func (p *pod) passedCgroupPath() (string, error) {
 // with the systemd driver, in the slice of its class ("" for guaranteed).
 func (p *pod) attached(t *testing.T, class string) {
 	t.Helper()
-	r := must(p.record())(t)
+	r := must.Get(p.record())(t)
 	// Dashes would be levels to systemd.
 	slice := "kubepods-pod" + strings.ReplaceAll(r.PodUID, "-", "_") + ".slice"
 	want := "/kubepods.slice/" + slice
@@ -125,22 +126,22 @@ func (p *pod) attached(t *testing.T, class string) {
 		slice = strings.Replace(slice, "kubepods-", "kubepods-"+class+"-", 1)
 		want = "/kubepods.slice/kubepods-" + class + ".slice/" + slice
 	}
-	passed := must(p.passedCgroupPath())(t)
+	passed := must.Get(p.passedCgroupPath())(t)
 	t.Logf("containerd passes cgroupPath %q for pod %s with UID %s", passed, p.name, r.PodUID)
 	if passed != want {
 		t.Errorf("cgroupPath %q, want %q", passed, want)
 	}
 	dir := filepath.Join("/sys/fs/cgroup", want)
 	var st unix.Stat_t
-	check(t, unix.Stat(dir, &st))
+	must.Do(t, unix.Stat(dir, &st))
 	if r.Status != attachment.Attached || r.CgroupID != st.Ino || filepath.Clean("/"+r.CgroupPath) != want && r.CgroupPath != dir {
 		t.Errorf("the record says %s %s, cgroup %q with id %d; %s has %d", r.Status, r.Reason, r.CgroupPath, r.CgroupID, dir, st.Ino)
 	}
 	// The sandbox and the container are below it, or the link would see nothing.
-	if n := must(processes(dir))(t); n < 2 {
+	if n := must.Get(processes(dir))(t); n < 2 {
 		t.Errorf("%d processes in %s, want two", n, dir)
 	}
-	pr := must(p.report())(t)
+	pr := must.Get(p.report())(t)
 	if pr.State != "attached" || pr.CgroupID != st.Ino {
 		t.Errorf("status says %+v", pr)
 	}
@@ -162,10 +163,10 @@ func processes(cgroup string) (n int, err error) {
 // skipped checks that the pod is not attached, for that reason.
 func (p *pod) skipped(t *testing.T, reason string) {
 	t.Helper()
-	if r := must(p.record())(t); r.Status != attachment.Skipped || r.Reason != reason {
+	if r := must.Get(p.record())(t); r.Status != attachment.Skipped || r.Reason != reason {
 		t.Errorf("the record says %s %q, want %s %q", r.Status, r.Reason, attachment.Skipped, reason)
 	}
-	if r := must(p.report())(t); r.State != "skipped" || r.Reason != reason || r.Redirected.Bytes > 0 {
+	if r := must.Get(p.report())(t); r.State != "skipped" || r.Reason != reason || r.Redirected.Bytes > 0 {
 		t.Errorf("status says %+v", r)
 	}
 }

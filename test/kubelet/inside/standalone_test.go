@@ -6,6 +6,8 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+
+	"github.com/skipstack/skipstack/test/must"
 )
 
 //go:embed testdata
@@ -17,8 +19,8 @@ func TestStandalone(t *testing.T) {
 	n.service("kubelet")
 	names := []string{"server", "client", "idle", "out"}
 	for _, name := range names {
-		text := must(testdata.ReadFile("testdata/" + name + ".yaml"))(t)
-		check(t, os.WriteFile(filepath.Join(manifests, name+".yaml"), text, 0o644))
+		text := must.Get(testdata.ReadFile("testdata/" + name + ".yaml"))(t)
+		must.Do(t, os.WriteFile(filepath.Join(manifests, name+".yaml"), text, 0o644))
 	}
 	// A static pod's name has the node's.
 	server, client, idle, out := n.pod("server-node"), n.pod("client-node"), n.pod("idle-node"), n.pod("out-node")
@@ -40,7 +42,7 @@ func TestStandalone(t *testing.T) {
 	n.works("opt-out, by annotation: plain")
 
 	for _, name := range names {
-		check(t, os.Remove(filepath.Join(manifests, name+".yaml")))
+		must.Do(t, os.Remove(filepath.Join(manifests, name+".yaml")))
 	}
 	n.nothingLeft()
 	n.works("deletion of a pod: nothing left")
