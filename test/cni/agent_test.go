@@ -23,6 +23,7 @@ import (
 
 	"github.com/skipstack/skipstack/plugin"
 	"github.com/skipstack/skipstack/test/datapath/traffic"
+	"github.com/skipstack/skipstack/test/must"
 	"github.com/skipstack/skipstack/test/node"
 )
 
@@ -45,7 +46,7 @@ func (s *site) agent(args ...string) *agent {
 func (s *site) agentBy(starter []string, args ...string) *agent {
 	s.t.Helper()
 	a := &agent{s: s, end: make(chan error, 1)}
-	check(s.t, s.Do(func() error {
+	must.Do(s.t, s.Do(func() error {
 		l, err := net.Listen("tcp", "127.0.0.1:0")
 		if err != nil {
 			return err
@@ -60,7 +61,7 @@ func (s *site) agentBy(starter []string, args ...string) *agent {
 	a.cmd = exec.Command(command[0], command[1:]...)
 	a.cmd.Stderr = &a.log
 	a.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: unix.SIGKILL}
-	check(s.t, s.Do(a.cmd.Start))
+	must.Do(s.t, s.Do(a.cmd.Start))
 	go func() { a.end <- a.cmd.Wait() }()
 	s.t.Cleanup(func() { a.stop(unix.SIGKILL) })
 	return a
@@ -121,7 +122,7 @@ func (a *agent) metric(series string) float64 {
 	_, body := a.get("/metrics")
 	for line := range strings.Lines(body) {
 		if value, ok := strings.CutPrefix(line, series+" "); ok {
-			return must(strconv.ParseFloat(strings.TrimSpace(value), 64))(a.s.t)
+			return must.Get(strconv.ParseFloat(strings.TrimSpace(value), 64))(a.s.t)
 		}
 	}
 	a.s.t.Fatalf("no metric %s in %s", series, body)
@@ -134,16 +135,16 @@ func (a *agent) metric(series string) float64 {
 func TestAgent(t *testing.T) {
 	node.Need(t)
 	s := newSite(t, options{})
-	primary := must(node.WithoutSkipstack(s.network(node.Network{})))(t)
+	primary := must.Get(node.WithoutSkipstack(s.network(node.Network{})))(t)
 	file := filepath.Join(s.ConfDir, "10-primary.conflist")
-	check(t, os.WriteFile(file, primary.Bytes, 0o644))
+	must.Do(t, os.WriteFile(file, primary.Bytes, 0o644))
 	a := s.agent("--accept-risks", "splice,fionread,epoll,uncharged")
 	a.waitReady()
-	list := must(libcni.NetworkConfFromFile(file))(t)
+	list := must.Get(libcni.NetworkConfFromFile(file))(t)
 	if len(list.Plugins) != len(primary.Plugins)+1 {
-		t.Fatalf("the conflist after install: %s", must(os.ReadFile(file))(t))
+		t.Fatalf("the conflist after install: %s", must.Get(os.ReadFile(file))(t))
 	}
-	must(os.Stat(filepath.Join(s.BinDir, plugin.Type)))(t)
+	must.Get(os.Stat(filepath.Join(s.BinDir, plugin.Type)))(t)
 
 	client, server := s.twoPods(list, node.PodOptions{})
 	one, two := s.connect(direct(client, server))
@@ -170,7 +171,7 @@ func TestAgent(t *testing.T) {
 	}
 
 	for _, c := range []*traffic.Conn{one, two} {
-		check(t, c.SetDeadline(time.Now().Add(5*time.Minute)))
+		must.Do(t, c.SetDeadline(time.Now().Add(5*time.Minute)))
 	}
 	load := traffic.StartLoad([][2]*traffic.Conn{{one, two}}, traffic.Plan{MaxWrite: 4096})
 	moving := func() {
@@ -196,8 +197,8 @@ func TestAgent(t *testing.T) {
 		t.Errorf("told to end: %v; %s", err, a.log.take())
 	}
 	moving()
-	check(t, load.Stop())
-	if raw := must(os.ReadFile(file))(t); !strings.Contains(string(raw), plugin.Type) {
+	must.Do(t, load.Stop())
+	if raw := must.Get(os.ReadFile(file))(t); !strings.Contains(string(raw), plugin.Type) {
 		t.Errorf("the entry went with the agent: %s", raw)
 	}
 }
@@ -206,18 +207,18 @@ func TestAgent(t *testing.T) {
 // probed and where nothing is loaded.
 func TestAgentCapabilities(t *testing.T) {
 	node.Need(t)
-	raw := must(os.ReadFile("../../conf/kubernetes/skipstack.yaml"))(t)
+	raw := must.Get(os.ReadFile("../../conf/kubernetes/skipstack.yaml"))(t)
 	var d appsv1.DaemonSet
-	check(t, yaml.UnmarshalStrict(raw, &d))
+	must.Do(t, yaml.UnmarshalStrict(raw, &d))
 	set := "-all"
 	for _, c := range d.Spec.Template.Spec.Containers[0].SecurityContext.Capabilities.Add {
 		set += ",+" + strings.ToLower(string(c))
 	}
 	setpriv, err := exec.LookPath("setpriv") // util-linux
-	check(t, err)
+	must.Do(t, err)
 	v := theVerdict(t)
 	s := newSite(t, options{unprobed: true})
-	check(t, os.WriteFile(filepath.Join(s.ConfDir, "10-primary.conflist"), must(node.WithoutSkipstack(s.network(node.Network{})))(t).Bytes, 0o644))
+	must.Do(t, os.WriteFile(filepath.Join(s.ConfDir, "10-primary.conflist"), must.Get(node.WithoutSkipstack(s.network(node.Network{})))(t).Bytes, 0o644))
 	a := s.agentBy([]string{setpriv, "--bounding-set", set, "--inh-caps", set, "--"})
 	a.waitReady()
 	if got := a.metric("skipstack_datapath_open"); got != 1 {

@@ -20,6 +20,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/skipstack/skipstack/test/must"
 	"github.com/skipstack/skipstack/test/node"
 )
 
@@ -35,7 +36,7 @@ func (s *site) light() light {
 	s.t.Helper()
 	s.lights++
 	p := light{id: fmt.Sprintf("%064x", s.lights), uid: fmt.Sprintf("00000000-0000-4000-8000-%012x", s.lights)}
-	p.dir = must(s.Cgroup("kubepods/burstable/pod" + p.uid))(s.t)
+	p.dir = must.Get(s.Cgroup("kubepods/burstable/pod" + p.uid))(s.t)
 	p.cgroupID = inode(s.t, p.dir)
 	s.t.Cleanup(func() { p.remove(s.t) })
 	return p
@@ -60,7 +61,7 @@ func (p light) remove(t *testing.T) {
 func inode(t *testing.T, path string) uint64 {
 	t.Helper()
 	var st unix.Stat_t
-	check(t, unix.Stat(path, &st))
+	must.Do(t, unix.Stat(path, &st))
 	return st.Ino
 }
 
@@ -104,7 +105,7 @@ func (s *site) stdin(c call) string {
 	if c.stdin != "" {
 		return c.stdin
 	}
-	quote := func(v any) string { return string(must(json.Marshal(v))(s.t)) }
+	quote := func(v any) string { return string(must.Get(json.Marshal(v))(s.t)) }
 	members := []string{
 		`"cniVersion":` + quote(cmp.Or(c.version, "1.1.0")), `"name":` + quote(cmp.Or(c.network, "net")), `"type":"skipstack"`,
 		`"bpffs":` + quote(cmp.Or(c.bpffs, s.BPFFS)), `"runDir":` + quote(cmp.Or(c.runDir, s.RunDir)),
@@ -284,14 +285,14 @@ type stuck struct{ cmd *exec.Cmd }
 func newStuck(t *testing.T, path string) *stuck {
 	t.Helper()
 	cmd := node.WorkerCommand(holdName, path)
-	out := must(cmd.StdoutPipe())(t)
-	check(t, cmd.Start())
+	out := must.Get(cmd.StdoutPipe())(t)
+	must.Do(t, cmd.Start())
 	s := &stuck{cmd}
 	t.Cleanup(s.end)
 	if line, err := bufio.NewReader(out).ReadString('\n'); err != nil || line != "held\n" {
 		t.Fatalf("hold %s: %q, %v", path, line, err)
 	}
-	check(t, cmd.Process.Signal(unix.SIGSTOP))
+	must.Do(t, cmd.Process.Signal(unix.SIGSTOP))
 	wait(t, "the process stops", func() (string, bool) {
 		stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", cmd.Process.Pid))
 		return string(stat), err == nil && strings.Contains(string(stat), ") T ")

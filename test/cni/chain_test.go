@@ -22,6 +22,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/skipstack/skipstack/test/datapath/traffic"
+	"github.com/skipstack/skipstack/test/must"
 	"github.com/skipstack/skipstack/test/node"
 )
 
@@ -47,18 +48,18 @@ func TestConflists(t *testing.T) {
 		t.Run(tc.file, func(t *testing.T) {
 			s := newSite(t, options{Options: node.Options{DefaultPaths: true}})
 			s.load()
-			raw := must(os.ReadFile(filepath.Join("../../conf", tc.file)))(t)
+			raw := must.Get(os.ReadFile(filepath.Join("../../conf", tc.file)))(t)
 			if tc.file == "entry.json" { // appended to somebody's own network
 				raw = fmt.Appendf(nil, `{"cniVersion":"1.1.0","name":"own","plugins":[
 					{"type":"ptp","ipam":{"type":"host-local","ranges":[[{"subnet":"10.77.0.0/24"}]],"routes":[{"dst":"0.0.0.0/0"}]}},%s]}`, raw)
 			}
-			list := must(s.Conflist(raw))(t)
+			list := must.Get(s.Conflist(raw))(t)
 			client, server := s.twoPods(list, node.PodOptions{})
 			s.wantAcceleratedIf(tc.nonblocking, "non-blocking", direct(client, server))
 			s.wantAcceleratedIf(tc.blocking, "blocking", direct(client, server).blocking())
 			for _, p := range []*pod{client, server} {
 				s.wantRecord(p.ID, "attached", "")
-				check(t, p.Check(t.Context(), list, node.IfName))
+				must.Do(t, p.Check(t.Context(), list, node.IfName))
 			}
 			s.wantLinks(client.cgroupID(t), server.cgroupID(t))
 			if says := strings.Contains(s.log.take(), "risks that are not accepted"); says == tc.nonblocking {
@@ -119,22 +120,22 @@ func TestChainOfEveryVersion(t *testing.T) {
 		t.Run(v, func(t *testing.T) {
 			s := s.in(t)
 			list := s.network(node.Network{Version: v})
-			p := must(s.NewPod("pod", node.PodOptions{}))(t)
+			p := must.Get(s.NewPod("pod", node.PodOptions{}))(t)
 			defer p.Close(t.Context())
 			rt := p.RuntimeConf(node.IfName)
 			cni, rec := s.libcni()
-			res := must(cni.AddNetworkList(t.Context(), list, rt))(t)
+			res := must.Get(cni.AddNetworkList(t.Context(), list, rt))(t)
 			if res.Version() != v || len(rec.calls) != 2 || rec.calls[1].plugin != "skipstack" {
 				t.Fatalf("result of version %s after %d calls", res.Version(), len(rec.calls))
 			}
 			var first, last any
-			check(t, json.Unmarshal(rec.calls[0].stdout, &first))
-			check(t, json.Unmarshal(rec.calls[1].stdout, &last))
+			must.Do(t, json.Unmarshal(rec.calls[0].stdout, &first))
+			must.Do(t, json.Unmarshal(rec.calls[1].stdout, &last))
 			if !reflect.DeepEqual(first, last) {
 				t.Errorf("the bridge's result\n%s\nbecame\n%s", rec.calls[0].stdout, rec.calls[1].stdout)
 			}
 			var given struct{ PrevResult json.RawMessage }
-			check(t, json.Unmarshal(rec.calls[1].stdin, &given))
+			must.Do(t, json.Unmarshal(rec.calls[1].stdin, &given))
 			if !bytes.Equal(given.PrevResult, rec.calls[1].stdout) {
 				t.Errorf("prevResult\n%s\nwas printed as\n%s", given.PrevResult, rec.calls[1].stdout)
 			}
@@ -146,14 +147,14 @@ func TestChainOfEveryVersion(t *testing.T) {
 				t.Errorf("CHECK: %v", err)
 			}
 			if v == "1.1.0" {
-				check(t, cni.GetStatusNetworkList(t.Context(), list))
+				must.Do(t, cni.GetStatusNetworkList(t.Context(), list))
 				valid := []types.GCAttachment{{ContainerID: p.ID, IfName: node.IfName}}
-				check(t, cni.GCNetworkList(t.Context(), list, &libcni.GCArgs{ValidAttachments: valid}))
+				must.Do(t, cni.GCNetworkList(t.Context(), list, &libcni.GCArgs{ValidAttachments: valid}))
 				s.wantLinks(inode(t, p.Cgroup))
 			}
-			check(t, cni.DelNetworkList(t.Context(), list, rt))
+			must.Do(t, cni.DelNetworkList(t.Context(), list, rt))
 			s.wantNothing()
-			check(t, cni.DelNetworkList(t.Context(), list, rt))
+			must.Do(t, cni.DelNetworkList(t.Context(), list, rt))
 		})
 	}
 }
@@ -164,15 +165,15 @@ func TestRoutes(t *testing.T) {
 	s.load()
 	list := s.network(node.Network{})
 	client, server := s.twoPods(list, node.PodOptions{})
-	inPod := must(os.MkdirTemp(server.Cgroup, "container-"))(t)
-	container := must(traffic.NewHost(server.Pod, node.StartOptions{Cgroup: inPod}))(t)
+	inPod := must.Get(os.MkdirTemp(server.Cgroup, "container-"))(t)
+	container := must.Get(traffic.NewHost(server.Pod, node.StartOptions{Cgroup: inPod}))(t)
 	defer container.Close()
 
 	service := func(ip string, masquerade bool) func(*traffic.Listener) netip.AddrPort {
 		addr := netip.MustParseAddr(ip)
 		backend, _ := server.Addr(addr.Is6())
-		svc := must(s.AddService(node.ServiceOptions{IP: addr, Backend: backend, Masquerade: masquerade}))(t)
-		t.Cleanup(func() { check(t, svc.Close()) })
+		svc := must.Get(s.AddService(node.ServiceOptions{IP: addr, Backend: backend, Masquerade: masquerade}))(t)
+		t.Cleanup(func() { must.Do(t, svc.Close()) })
 		return func(l *traffic.Listener) netip.AddrPort { return netip.AddrPortFrom(addr, l.Addr.Port()) }
 	}
 	any6 := netip.MustParseAddrPort("[::]:0")
@@ -203,7 +204,7 @@ func TestRoutes(t *testing.T) {
 	}
 
 	// A pod of the same bridge without skipstack is remote to the others.
-	plain := s.pod("plain", must(node.WithoutSkipstack(list))(t), node.PodOptions{})
+	plain := s.pod("plain", must.Get(node.WithoutSkipstack(list))(t), node.PodOptions{})
 	s.wantPlain("a plain server", direct(client, plain))
 	s.wantPlain("a plain client", direct(plain, server))
 }

@@ -17,25 +17,26 @@ import (
 
 	"github.com/skipstack/skipstack/plugin/datapath"
 	"github.com/skipstack/skipstack/test/datapath/traffic"
+	"github.com/skipstack/skipstack/test/must"
 	"github.com/skipstack/skipstack/test/node"
 )
 
 // connect makes a connection that is enrolled.
 func (s *site) connect(r route) (client, server *traffic.Conn) {
 	s.t.Helper()
-	l := must(r.server.Listen(r.listen, r.listener))(s.t)
+	l := must.Get(r.server.Listen(r.listen, r.listener))(s.t)
 	s.t.Cleanup(func() { l.Close() })
 	for range 10 {
 		before := s.counters()
 		client, server, err := r.client.Pair(l, l.Addr, r.socket)
-		check(s.t, err)
+		must.Do(s.t, err)
 		if s.counters().Since(before).Connections["enrolled"] == 0 {
-			check(s.t, errors.Join(client.Close(), server.Close()))
+			must.Do(s.t, errors.Join(client.Close(), server.Close()))
 			continue
 		}
 		s.t.Cleanup(func() { client.Close(); server.Close() })
 		for _, c := range []*traffic.Conn{client, server} {
-			check(s.t, c.SetDeadline(time.Now().Add(time.Minute)))
+			must.Do(s.t, c.SetDeadline(time.Now().Add(time.Minute)))
 		}
 		return client, server
 	}
@@ -51,8 +52,8 @@ func (s *site) say(from, to *traffic.Conn) datapath.Counters {
 	for i := range sent {
 		sent[i] = byte(rand.Uint32())
 	}
-	must(from.Write(sent))(s.t)
-	must(io.ReadFull(to, got))(s.t)
+	must.Get(from.Write(sent))(s.t)
+	must.Get(io.ReadFull(to, got))(s.t)
 	if !bytes.Equal(sent, got) {
 		s.t.Fatal("a message has arrived wrong")
 	}
@@ -143,12 +144,12 @@ func TestUnload(t *testing.T) {
 	}
 	for _, p := range []*pod{client, server} {
 		s.wantRecord(p.ID, "skipped", "unloaded")
-		check(t, p.Check(t.Context(), list, node.IfName))
+		must.Do(t, p.Check(t.Context(), list, node.IfName))
 	}
 	s.wantPlain("unloaded", direct(client, server))
 
 	// The connection is closed, and now the rest can go.
-	check(t, errors.Join(a.Close(), b.Close()))
+	must.Do(t, errors.Join(a.Close(), b.Close()))
 	wait(t, "the datapath is gone", func() (string, bool) {
 		got := s.cli("unload")
 		_, err := os.Stat(filepath.Join(s.BPFFS, "skipstack"))
@@ -156,7 +157,7 @@ func TestUnload(t *testing.T) {
 	})
 	s.wantCLI(0, "loaded", "", s.cli("unload"))
 	s.wantPlain("with nothing loaded", direct(client, server))
-	check(t, client.Check(t.Context(), list, node.IfName))
+	must.Do(t, client.Check(t.Context(), list, node.IfName))
 
 	// New pods load it again; the old ones stay plain until they are restarted.
 	x, y := s.pod("x", list, node.PodOptions{}), s.pod("y", list, node.PodOptions{})
@@ -219,7 +220,7 @@ func TestLoad(t *testing.T) {
 	// The conflist names the place and the size; flags win.
 	list := filepath.Join(s.ConfDir, "10-pods.conflist")
 	write := func(members string) {
-		check(t, os.WriteFile(list, []byte(fmt.Sprintf(`{"cniVersion":"1.0.0","name":"pods","plugins":[{"type":"bridge"},
+		must.Do(t, os.WriteFile(list, []byte(fmt.Sprintf(`{"cniVersion":"1.0.0","name":"pods","plugins":[{"type":"bridge"},
 			{"type":"skipstack","bpffs":%q,"runDir":%q,"cgroupRoot":%q%s}]}`, s.BPFFS, s.RunDir, s.CgroupRoot, members)), 0o600))
 	}
 	write(`,"maxConnections":1000`)
@@ -244,7 +245,7 @@ func TestLoad(t *testing.T) {
 func TestSwitch(t *testing.T) {
 	node.Need(t)
 	restore := node.OtherSwitches(0) // `off` reaches those too
-	t.Cleanup(func() { check(t, restore()) })
+	t.Cleanup(func() { must.Do(t, restore()) })
 	s := newSite(t, options{})
 	list := s.network(node.Network{})
 	client, server := s.twoPods(list, node.PodOptions{})
@@ -285,9 +286,9 @@ func TestSwitch(t *testing.T) {
 	s.wantPlain("from a pod that is switched off", direct(server, third))
 	s.wantAccelerated("between other pods", direct(client, third))
 	// It outlives another ADD of the pod, as a runtime's restart may bring one.
-	must(server.Add(t.Context(), list, "net1"))(t)
+	must.Get(server.Add(t.Context(), list, "net1"))(t)
 	s.wantPlain("after another ADD", direct(client, server))
-	check(t, server.Del(t.Context(), list, "net1"))
+	must.Do(t, server.Del(t.Context(), list, "net1"))
 	s.wantPlain("after another DEL", direct(client, server))
 	s.wantJSON(map[string]any{"switchedOff": false}, s.cli("on", "--pod", "default/server", "--json"))
 	s.wantRedirected(a, b)

@@ -8,6 +8,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/skipstack/skipstack/test/must"
 	"github.com/skipstack/skipstack/test/node"
 )
 
@@ -79,12 +80,12 @@ func TestLogFile(t *testing.T) {
 	s := newSite(t, options{})
 	p := s.light()
 	file, link := filepath.Join(s.Dir, "skipstack.log"), filepath.Join(s.Dir, "link")
-	check(t, os.Symlink(filepath.Join(s.Dir, "target"), link))
+	must.Do(t, os.Symlink(filepath.Join(s.Dir, "target"), link))
 	s.wantLines(0, "", s.want(0, s.run(p.call(`"logFile":"`+file+`"`, `"mod":1`).add())))
-	if raw := string(must(os.ReadFile(file))(t)); len(logLines(raw)) != 1 || !strings.Contains(raw, "reason=") {
+	if raw := string(must.Get(os.ReadFile(file))(t)); len(logLines(raw)) != 1 || !strings.Contains(raw, "reason=") {
 		t.Errorf("the file holds %q", raw)
 	}
-	if mode := must(os.Stat(file))(t).Mode(); mode != 0o600 {
+	if mode := must.Get(os.Stat(file))(t).Mode(); mode != 0o600 {
 		t.Errorf("the file's mode is %v", mode)
 	}
 	got := s.want(0, s.run(p.call(`"logFile":"`+link+`"`, `"mud":2`).add()))
@@ -142,9 +143,9 @@ func TestUndecodable(t *testing.T) {
 func TestWhereItCannotWork(t *testing.T) {
 	node.Need(t)
 	mount := func(t *testing.T, fsType, dir string) {
-		check(t, os.Mkdir(dir, 0o700))
-		check(t, unix.Mount(fsType, dir, fsType, unix.MS_RDONLY, "mode=0700"))
-		t.Cleanup(func() { check(t, unix.Unmount(dir, unix.MNT_DETACH)) })
+		must.Do(t, os.Mkdir(dir, 0o700))
+		must.Do(t, unix.Mount(fsType, dir, fsType, unix.MS_RDONLY, "mode=0700"))
+		t.Cleanup(func() { must.Do(t, unix.Unmount(dir, unix.MNT_DETACH)) })
 	}
 	for name, tc := range map[string]struct {
 		setUp func(t *testing.T, s *site, c *call)
@@ -154,7 +155,7 @@ func TestWhereItCannotWork(t *testing.T) {
 		"not root, nothing loaded": {func(t *testing.T, s *site, c *call) {
 			c.handicap = "root"
 			s.ok(s.cli("unload"))
-			check(t, os.Chmod(s.BPFFS, 0o777))
+			must.Do(t, os.Chmod(s.BPFFS, 0o777))
 			c.runDir = filepath.Join(s.Dir, "theirs")
 		}, "permi"},
 		"no capabilities, nothing loaded": {func(t *testing.T, s *site, c *call) {
@@ -166,8 +167,8 @@ func TestWhereItCannotWork(t *testing.T) {
 		"no such cgroup":            {func(t *testing.T, s *site, c *call) { c.cgroup = "/kubepods/pod0"; c.args = "-" }, "cgroup"},
 		"two cgroups of one UID": {func(t *testing.T, s *site, c *call) {
 			c.cgroup = "-"
-			second := must(s.Cgroup("kubepods/pod" + c.pod.uid))(t)
-			t.Cleanup(func() { check(t, os.Remove(second)) })
+			second := must.Get(s.Cgroup("kubepods/pod" + c.pod.uid))(t)
+			t.Cleanup(func() { must.Do(t, os.Remove(second)) })
 		}, "more than one"},
 		"the host's netns":       {func(t *testing.T, s *site, c *call) { c.netns = "/proc/self/ns/net" }, "host's network namespace"},
 		"all pods' cgroup":       {func(t *testing.T, s *site, c *call) { c.cgroup = "/kubepods/burstable" }, "cgroup"},
@@ -175,11 +176,11 @@ func TestWhereItCannotWork(t *testing.T) {
 		"no bpffs, no directory": {func(t *testing.T, s *site, c *call) { c.bpffs = filepath.Join(s.Dir, "nothing") }, "nothing"},
 		"no bpffs, a file": {func(t *testing.T, s *site, c *call) {
 			c.bpffs = filepath.Join(s.Dir, "file")
-			check(t, os.WriteFile(c.bpffs, nil, 0o600))
+			must.Do(t, os.WriteFile(c.bpffs, nil, 0o600))
 		}, "file"},
 		"no bpffs, no right to mount": {func(t *testing.T, s *site, c *call) {
 			c.handicap, c.bpffs = "capabilities", filepath.Join(s.Dir, "empty")
-			check(t, os.Mkdir(c.bpffs, 0o700))
+			must.Do(t, os.Mkdir(c.bpffs, 0o700))
 		}, "permi"},
 		"read-only bpffs": {func(t *testing.T, s *site, c *call) {
 			c.bpffs = filepath.Join(s.Dir, "ro")
@@ -191,12 +192,12 @@ func TestWhereItCannotWork(t *testing.T) {
 		}, "read-only"},
 		"run directory of somebody else": {func(t *testing.T, s *site, c *call) {
 			c.runDir = filepath.Join(s.Dir, "theirs")
-			check(t, os.Mkdir(c.runDir, 0o777))
-			check(t, os.Chmod(c.runDir, 0o777))
+			must.Do(t, os.Mkdir(c.runDir, 0o777))
+			must.Do(t, os.Chmod(c.runDir, 0o777))
 		}, "theirs"},
 		"run directory is a file": {func(t *testing.T, s *site, c *call) {
 			c.runDir = filepath.Join(s.Dir, "file")
-			check(t, os.WriteFile(c.runDir, nil, 0o600))
+			must.Do(t, os.WriteFile(c.runDir, nil, 0o600))
 		}, "not a directory"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -238,8 +239,8 @@ func TestBPFFSIsMounted(t *testing.T) {
 	s := newSite(t, options{})
 	p, q := s.light(), s.light()
 	dir := filepath.Join(s.Dir, "empty")
-	check(t, os.Mkdir(dir, 0o700))
-	t.Cleanup(func() { check(t, unix.Unmount(dir, unix.MNT_DETACH)) })
+	must.Do(t, os.Mkdir(dir, 0o700))
+	t.Cleanup(func() { must.Do(t, unix.Unmount(dir, unix.MNT_DETACH)) })
 	first, second := p.call(), q.call()
 	first.bpffs, second.bpffs = dir, dir
 	s.wantLines(0, "", s.want(0, s.run(first.add())))
@@ -248,14 +249,14 @@ func TestBPFFSIsMounted(t *testing.T) {
 	if err := unix.Statfs(dir, &st); err != nil || uint32(st.Type) != unix.BPF_FS_MAGIC {
 		t.Fatalf("%s is of type %x, %v", dir, st.Type, err)
 	}
-	pins := must(filepath.Glob(filepath.Join(dir, "skipstack/v1/links/*")))(t)
+	pins := must.Get(filepath.Glob(filepath.Join(dir, "skipstack/v1/links/*")))(t)
 	if len(pins) != 2 {
 		t.Errorf("links %v, want 2", pins)
 	}
 	// DEL finds it by the record, whatever the configuration says by now.
 	s.want(0, s.run(p.call().del()))
 	s.want(0, s.run(second.del()))
-	if pins := must(filepath.Glob(filepath.Join(dir, "skipstack/v1/links/*")))(t); len(pins) != 0 {
+	if pins := must.Get(filepath.Glob(filepath.Join(dir, "skipstack/v1/links/*")))(t); len(pins) != 0 {
 		t.Errorf("links %v, want none", pins)
 	}
 }

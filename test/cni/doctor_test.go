@@ -19,6 +19,7 @@ import (
 	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
 
+	"github.com/skipstack/skipstack/test/must"
 	"github.com/skipstack/skipstack/test/node"
 )
 
@@ -92,7 +93,7 @@ func tree(t *testing.T, dirs ...string) string {
 	t.Helper()
 	var b strings.Builder
 	for _, dir := range dirs {
-		check(t, filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		must.Do(t, filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
 			if errors.Is(err, fs.ErrNotExist) {
 				return nil
 			}
@@ -152,7 +153,7 @@ func TestDoctor(t *testing.T) {
 	}
 
 	// Where skipstack is in use, ADD goes by what it has found.
-	check(t, os.MkdirAll(s.RunDir, 0o700))
+	must.Do(t, os.MkdirAll(s.RunDir, 0o700))
 	if e, _ := s.doctor("--no-cache"); e.Stored || s.verdictFile() != "" {
 		t.Errorf("stored with --no-cache: %v", e.Stored)
 	}
@@ -191,7 +192,7 @@ func TestDoctorForetells(t *testing.T) {
 				own[k] = v
 			}
 			list := map[string]any{"cniVersion": "1.0.0", "name": "pods", "plugins": []any{map[string]any{"type": "bridge"}, own}}
-			check(t, os.WriteFile(filepath.Join(s.ConfDir, "10-pods.conflist"), must(json.Marshal(list))(t), 0o600))
+			must.Do(t, os.WriteFile(filepath.Join(s.ConfDir, "10-pods.conflist"), must.Get(json.Marshal(list))(t), 0o600))
 			got := s.bare("doctor", "--json", "--cni-conf-dir", s.ConfDir)
 			e := parse(t, got)
 			t.Logf("%+v", e.Outlook)
@@ -215,15 +216,15 @@ func TestDoctorNeighbours(t *testing.T) {
 				Type: ebpf.SockOps, Name: "neighbour_ops", License: "GPL",
 				Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, 1), asm.Return()},
 			})
-			check(t, err)
+			must.Do(t, err)
 			defer prog.Close()
-			dir := must(os.Open(s.CgroupRoot))(t)
+			dir := must.Get(os.Open(s.CgroupRoot))(t)
 			defer dir.Close()
-			check(t, link.RawAttachProgram(link.RawAttachProgramOptions{
+			must.Do(t, link.RawAttachProgram(link.RawAttachProgramOptions{
 				Target: int(dir.Fd()), Attach: ebpf.AttachCGroupSockOps, Program: prog, Flags: flags,
 			}))
 			detach := func() {
-				check(t, link.RawDetachProgram(link.RawDetachProgramOptions{Target: int(dir.Fd()), Attach: ebpf.AttachCGroupSockOps, Program: prog}))
+				must.Do(t, link.RawDetachProgram(link.RawDetachProgramOptions{Target: int(dir.Fd()), Attach: ebpf.AttachCGroupSockOps, Program: prog}))
 			}
 			doctor := s.calmDoctor
 			if name == "exclusive" { // no probe can tell
@@ -251,7 +252,7 @@ func TestDoctorNeighbours(t *testing.T) {
 					t.Errorf("exit %d, %+v", got.code, e)
 				}
 				s.wantRecord(p.id, "skipped", "attach sock_ops")
-				pod := must(os.Open(p.dir))(t)
+				pod := must.Get(os.Open(p.dir))(t)
 				defer pod.Close()
 				if r, err := link.QueryPrograms(link.QueryOptions{
 					Target: int(pod.Fd()), Attach: ebpf.AttachCGroupSockOps, QueryFlags: unix.BPF_F_QUERY_EFFECTIVE,
@@ -273,7 +274,7 @@ func TestDoctorNeighbours(t *testing.T) {
 // A signal ends it in an orderly manner, whenever it comes.
 func TestDoctorInterrupted(t *testing.T) {
 	s := newSite(t, options{})
-	scratch := func() []string { return must(filepath.Glob(filepath.Join(s.CgroupRoot, "skipstack-probe-*")))(t) }
+	scratch := func() []string { return must.Get(filepath.Glob(filepath.Join(s.CgroupRoot, "skipstack-probe-*")))(t) }
 	for _, sig := range []unix.Signal{unix.SIGINT, unix.SIGTERM} {
 		for _, when := range []string{"cgroup", "worker"} {
 			t.Run(fmt.Sprintf("%v, %s", sig, when), func(t *testing.T) {
@@ -303,11 +304,11 @@ func (s *site) interrupted(sig unix.Signal, worker bool) bool {
 	cmd := exec.Command(program(), "doctor", "--no-cache", "--bpffs", s.BPFFS, "--run-dir", s.RunDir, "--cgroup-root", s.CgroupRoot)
 	cmd.Env = []string{"PATH=" + os.Getenv("PATH")}
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
-	check(s.t, s.Do(cmd.Start))
+	must.Do(s.t, s.Do(cmd.Start))
 	ended := make(chan error, 1)
 	go func() { ended <- cmd.Wait() }()
 	there := func() bool {
-		dirs := must(filepath.Glob(filepath.Join(s.CgroupRoot, "skipstack-probe-*")))(s.t)
+		dirs := must.Get(filepath.Glob(filepath.Join(s.CgroupRoot, "skipstack-probe-*")))(s.t)
 		if len(dirs) == 0 || !worker {
 			return len(dirs) > 0
 		}
@@ -327,7 +328,7 @@ func (s *site) interrupted(sig unix.Signal, worker bool) bool {
 		}
 	}
 	if err := cmd.Process.Signal(sig); !errors.Is(err, os.ErrProcessDone) {
-		check(s.t, err)
+		must.Do(s.t, err)
 	}
 	select {
 	case <-ended:
@@ -347,7 +348,7 @@ func (s *site) interrupted(sig unix.Signal, worker bool) bool {
 // Whoever may not probe is told what is missing, and nothing is claimed.
 func TestDoctorUnprivileged(t *testing.T) {
 	s := newSite(t, options{})
-	exe := must(os.Open(program()))(t)
+	exe := must.Get(os.Open(program()))(t)
 	defer exe.Close()
 	for name, tc := range map[string]struct {
 		attr *syscall.SysProcAttr
@@ -390,11 +391,11 @@ func TestDoctorUnprivileged(t *testing.T) {
 func TestDoctorMissing(t *testing.T) {
 	s := newSite(t, options{})
 	noexec := filepath.Join(s.Dir, "noexec")
-	check(t, os.Mkdir(noexec, 0o755))
-	check(t, unix.Mount("tmpfs", noexec, "tmpfs", unix.MS_NOEXEC|unix.MS_RDONLY, "size=64k"))
-	defer func() { check(t, unix.Unmount(noexec, 0)) }()
+	must.Do(t, os.Mkdir(noexec, 0o755))
+	must.Do(t, unix.Mount("tmpfs", noexec, "tmpfs", unix.MS_NOEXEC|unix.MS_RDONLY, "size=64k"))
+	defer func() { must.Do(t, unix.Unmount(noexec, 0)) }()
 	empty := filepath.Join(s.Dir, "empty")
-	check(t, os.Mkdir(empty, 0o755))
+	must.Do(t, os.Mkdir(empty, 0o755))
 
 	got := s.bare("doctor", "--json", "--bpffs", s.Dir, "--run-dir", s.RunDir, "--cgroup-root", s.CgroupRoot, "--cni-bin-dir", noexec)
 	e := parse(t, got)
@@ -416,7 +417,7 @@ func TestDoctorMissing(t *testing.T) {
 	if result, detail := e.check(t, "bpffs"); result != "ok" || !strings.Contains(detail, "mounts one") {
 		t.Errorf("%s: %s", result, detail)
 	}
-	if left := must(os.ReadDir(empty))(t); len(left) > 0 {
+	if left := must.Get(os.ReadDir(empty))(t); len(left) > 0 {
 		t.Errorf("left behind: %v", left)
 	}
 }

@@ -14,6 +14,7 @@ import (
 	"github.com/containernetworking/cni/libcni"
 
 	"github.com/skipstack/skipstack/test/datapath/traffic"
+	"github.com/skipstack/skipstack/test/must"
 	"github.com/skipstack/skipstack/test/node"
 )
 
@@ -24,12 +25,12 @@ func (s *site) proxied(client, proxy, server *pod) (a, b *net.TCPConn) {
 	p2, b1 := s.connect(direct(proxy, server))
 	var conns []*net.TCPConn
 	for _, c := range []*traffic.Conn{a1, p1, p2, b1} {
-		conn := must(c.Go())(s.t)
+		conn := must.Get(c.Go())(s.t)
 		s.t.Cleanup(func() { conn.Close() })
 		conns = append(conns, conn)
 	}
 	go traffic.Join(conns[1], conns[2])
-	check(s.t, errors.Join(conns[0].SetDeadline(time.Now().Add(time.Minute)), conns[3].SetDeadline(time.Now().Add(time.Minute))))
+	must.Do(s.t, errors.Join(conns[0].SetDeadline(time.Now().Add(time.Minute)), conns[3].SetDeadline(time.Now().Add(time.Minute))))
 	return conns[0], conns[3]
 }
 
@@ -120,7 +121,7 @@ func TestSpliceGuard(t *testing.T) {
 	s.wantCLI(0, "was loaded already", "", s.cli("load"))
 	s.wantAccelerated("spliceGuard auto", direct(client, server))
 	s.relays(a, b)
-	check(t, errors.Join(a.Close(), b.Close()))
+	must.Do(t, errors.Join(a.Close(), b.Close()))
 	for _, p := range append(pods, late) {
 		s.close(p)
 	}

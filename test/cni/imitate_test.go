@@ -10,6 +10,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/skipstack/skipstack/test/must"
 )
 
 // Kernels that lack something are imitated: seccomp holds a program's bpf(2) and
@@ -90,17 +92,17 @@ func trapped() error {
 // program and its like must have ended by the test's end.
 func imitate(t *testing.T, a answer) *os.File {
 	t.Helper()
-	pair := must(unix.Socketpair(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0))(t)
+	pair := must.Get(unix.Socketpair(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0))(t)
 	theirs := os.NewFile(uintptr(pair[1]), "seccomp")
 	ended := make(chan error, 1)
 	go func() { ended <- serve(pair[0], a) }()
 	t.Cleanup(func() {
 		// Where no program has sent its listener, none will.
-		check(t, unix.Shutdown(pair[0], unix.SHUT_RD))
+		must.Do(t, unix.Shutdown(pair[0], unix.SHUT_RD))
 		if err := <-ended; err != nil {
 			t.Error("answer a program's calls:", err)
 		}
-		check(t, errors.Join(unix.Close(pair[0]), theirs.Close()))
+		must.Do(t, errors.Join(unix.Close(pair[0]), theirs.Close()))
 	})
 	return theirs
 }

@@ -11,6 +11,7 @@ import (
 
 	"github.com/containernetworking/cni/libcni"
 
+	"github.com/skipstack/skipstack/test/must"
 	"github.com/skipstack/skipstack/test/node"
 )
 
@@ -19,25 +20,25 @@ import (
 func TestInstallAndDrain(t *testing.T) {
 	node.Need(t)
 	restore := node.OtherSwitches(0) // `off` reaches those too
-	t.Cleanup(func() { check(t, restore()) })
+	t.Cleanup(func() { must.Do(t, restore()) })
 	s := newSite(t, options{})
 	confDir, binDir := filepath.Join(s.Dir, "installed", "net.d"), filepath.Join(s.Dir, "installed", "bin")
-	check(t, errors.Join(os.MkdirAll(confDir, 0o755), os.MkdirAll(binDir, 0o755)))
+	must.Do(t, errors.Join(os.MkdirAll(confDir, 0o755), os.MkdirAll(binDir, 0o755)))
 	sample, file := filepath.Join(s.Dir, "sample.conflist"), filepath.Join(confDir, "10-n.conflist")
 	list := s.network(node.Network{}).Bytes
-	check(t, errors.Join(os.WriteFile(sample, list, 0o644), os.WriteFile(file, list, 0o644)))
+	must.Do(t, errors.Join(os.WriteFile(sample, list, 0o644), os.WriteFile(file, list, 0o644)))
 	run := func(args ...string) outcome {
 		return s.cli(append(args, "--cni-conf-dir", confDir, "--cni-bin-dir", binDir)...)
 	}
 	uninstall := []string{"uninstall", "--cni-cache-dir", filepath.Join(s.Dir, "none")}
 	s.wantCLI(0, "as it was before install", "", run(uninstall...))
-	plain := must(os.ReadFile(file))(t)
+	plain := must.Get(os.ReadFile(file))(t)
 
 	s.wantCLI(0, "has the entry now", "", run("install", "--config", sample))
-	if got, want := must(os.ReadFile(filepath.Join(binDir, "skipstack")))(t), must(os.ReadFile(program()))(t); !bytes.Equal(got, want) {
+	if got, want := must.Get(os.ReadFile(filepath.Join(binDir, "skipstack")))(t), must.Get(os.ReadFile(program()))(t); !bytes.Equal(got, want) {
 		t.Errorf("the plugin has %d bytes, this program %d", len(got), len(want))
 	}
-	client, server := s.twoPods(must(libcni.NetworkConfFromFile(file))(t), node.PodOptions{})
+	client, server := s.twoPods(must.Get(libcni.NetworkConfFromFile(file))(t), node.PodOptions{})
 	a, b := s.connect(direct(client, server))
 	s.wantRedirected(a, b)
 
@@ -52,7 +53,7 @@ func TestInstallAndDrain(t *testing.T) {
 		d := s.say(a, b)
 		return "", d.Messages["redirected"].Messages == 0 && d.Messages["switched_off"].Messages == 1
 	})
-	if got := must(os.ReadFile(file))(t); !bytes.Equal(got, plain) {
+	if got := must.Get(os.ReadFile(file))(t); !bytes.Equal(got, plain) {
 		t.Errorf("while it drains, the list is\n%s\nwant\n%s", got, plain)
 	}
 	s.wantSwitchedOff(b, a)
@@ -61,7 +62,7 @@ func TestInstallAndDrain(t *testing.T) {
 		t.Errorf("it did not wait: %+v", got)
 	default:
 	}
-	check(t, errors.Join(a.Close(), b.Close()))
+	must.Do(t, errors.Join(a.Close(), b.Close()))
 	drained, says := <-done, "Enrolled sockets left: 2"
 	if drained.stderr == "" {
 		says = "" // on a busy machine they were closed before it first counted them
@@ -81,7 +82,7 @@ func TestInstallAndDrain(t *testing.T) {
 func TestOffWithoutPins(t *testing.T) {
 	node.Need(t)
 	restore := node.OtherSwitches(0)
-	t.Cleanup(func() { check(t, restore()) })
+	t.Cleanup(func() { must.Do(t, restore()) })
 	s := newSite(t, options{})
 	client, server := s.twoPods(s.network(node.Network{}), node.PodOptions{})
 	a, b := s.connect(direct(client, server))

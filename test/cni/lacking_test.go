@@ -15,6 +15,7 @@ import (
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 
+	"github.com/skipstack/skipstack/test/must"
 	"github.com/skipstack/skipstack/test/node"
 )
 
@@ -139,16 +140,16 @@ func TestNodesThatLackSomething(t *testing.T) {
 			rec.handicap = name
 			// start makes a pod by libcni, as a runtime does, and returns what was logged.
 			start := func(podName string) (p *pod, log []string) {
-				own := must(s.NewPod(podName, node.PodOptions{}))(t)
+				own := must.Get(s.NewPod(podName, node.PodOptions{}))(t)
 				// Again, where the machine is so busy that the time did not suffice.
 				for range 10 {
 					rec.calls = nil
-					must(cni.AddNetworkList(t.Context(), list, own.RuntimeConf(node.IfName)))(t)
+					must.Get(cni.AddNetworkList(t.Context(), list, own.RuntimeConf(node.IfName)))(t)
 					said := rec.calls[len(rec.calls)-1].stderr
 					if !strings.Contains(said, "not done in time") && !strings.Contains(said, "busy: ") {
 						break
 					}
-					check(t, cni.DelNetworkList(t.Context(), list, own.RuntimeConf(node.IfName)))
+					must.Do(t, cni.DelNetworkList(t.Context(), list, own.RuntimeConf(node.IfName)))
 				}
 				if len(rec.calls) != 2 || !sameJSON(t, rec.calls[0].stdout, rec.calls[1].stdout) {
 					t.Fatalf("the bridge's result is not the chain's: %+v", rec.calls)
@@ -169,12 +170,12 @@ func TestNodesThatLackSomething(t *testing.T) {
 			}
 			s.wantPlain(name, route{client: a.host, server: b.host, listen: s.addrOf(b)})
 			for _, p := range []*pod{a, b} {
-				check(t, cni.CheckNetworkList(t.Context(), list, p.RuntimeConf(node.IfName)))
+				must.Do(t, cni.CheckNetworkList(t.Context(), list, p.RuntimeConf(node.IfName)))
 			}
-			check(t, cni.GetStatusNetworkList(t.Context(), list))
+			must.Do(t, cni.GetStatusNetworkList(t.Context(), list))
 			for _, p := range []*pod{a, b} {
 				rec.calls = nil
-				check(t, cni.DelNetworkList(t.Context(), list, p.RuntimeConf(node.IfName)))
+				must.Do(t, cni.DelNetworkList(t.Context(), list, p.RuntimeConf(node.IfName)))
 				for _, c := range rec.calls {
 					if c.stderr != "" {
 						t.Errorf("DEL by %s said %s", c.plugin, c.stderr)
@@ -182,7 +183,7 @@ func TestNodesThatLackSomething(t *testing.T) {
 				}
 			}
 			s.waitProber()
-			if left := must(filepath.Glob(filepath.Join(s.BPFFS, "skipstack", "*")))(t); len(left) > 0 {
+			if left := must.Get(filepath.Glob(filepath.Join(s.BPFFS, "skipstack", "*")))(t); len(left) > 0 {
 				t.Errorf("pinned: %v", left)
 			}
 
@@ -214,7 +215,7 @@ func TestNodesThatLackSomething(t *testing.T) {
 func sameJSON(t *testing.T, a, b []byte) bool {
 	t.Helper()
 	var x, y any
-	check(t, json.Unmarshal(a, &x))
-	check(t, json.Unmarshal(b, &y))
+	must.Do(t, json.Unmarshal(a, &x))
+	must.Do(t, json.Unmarshal(b, &y))
 	return reflect.DeepEqual(x, y)
 }

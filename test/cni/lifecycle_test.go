@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/skipstack/skipstack/plugin/datapath"
+	"github.com/skipstack/skipstack/test/must"
 	"github.com/skipstack/skipstack/test/node"
 )
 
@@ -61,20 +62,20 @@ func TestLateDel(t *testing.T) {
 	s := newSite(t, options{})
 	list := s.network(node.Network{})
 	const uid = "11111111-2222-4333-8444-555555555555"
-	old := must(s.AddPod(t.Context(), "server", list, node.PodOptions{UID: uid}))(t)
+	old := must.Get(s.AddPod(t.Context(), "server", list, node.PodOptions{UID: uid}))(t)
 	successor := s.pod("server", list, node.PodOptions{UID: uid})
 	if old.Cgroup != successor.Cgroup {
 		t.Fatal("two cgroups")
 	}
 	client := s.pod("client", list, node.PodOptions{})
 	for range 2 {
-		check(t, old.Del(t.Context(), list, node.IfName))
+		must.Do(t, old.Del(t.Context(), list, node.IfName))
 		s.wantLinks(successor.cgroupID(t), client.cgroupID(t))
 		s.wantRecord(successor.ID, "attached", "")
-		check(t, successor.Check(t.Context(), list, node.IfName))
+		must.Do(t, successor.Check(t.Context(), list, node.IfName))
 		s.wantAcceleratedIf(accepted(t), "the new sandbox", direct(client, successor))
 	}
-	check(t, successor.Del(t.Context(), list, node.IfName))
+	must.Do(t, successor.Del(t.Context(), list, node.IfName))
 	s.wantLinks(client.cgroupID(t))
 }
 
@@ -89,7 +90,7 @@ func TestCgroupGone(t *testing.T) {
 	s.wantLines(0, "", s.want(0, s.run(early.call().del())))
 	s.wantLinks(never.cgroupID)
 	wait(t, "the kernel has released the cgroup", func() (string, bool) {
-		return "", !must(datapath.HasLink(s.BPFFS, never.cgroupID))(t)
+		return "", !must.Get(datapath.HasLink(s.BPFFS, never.cgroupID))(t)
 	})
 	// The next ADD sweeps the dead link; GC removes the record.
 	s.want(0, s.run(next.call().add()))
@@ -107,12 +108,12 @@ func TestCgroupGone(t *testing.T) {
 func (s *site) reboot(keepRunDir bool) {
 	s.t.Helper()
 	// Made before the old one goes, it has another device number.
-	fresh := must(os.MkdirTemp(s.Dir, "bpf-"))(s.t)
-	check(s.t, unix.Mount("bpf", fresh, "bpf", 0, "mode=0700"))
-	check(s.t, unix.Unmount(s.BPFFS, unix.MNT_DETACH))
-	check(s.t, unix.Mount(fresh, s.BPFFS, "", unix.MS_MOVE, ""))
+	fresh := must.Get(os.MkdirTemp(s.Dir, "bpf-"))(s.t)
+	must.Do(s.t, unix.Mount("bpf", fresh, "bpf", 0, "mode=0700"))
+	must.Do(s.t, unix.Unmount(s.BPFFS, unix.MNT_DETACH))
+	must.Do(s.t, unix.Mount(fresh, s.BPFFS, "", unix.MS_MOVE, ""))
 	if !keepRunDir {
-		check(s.t, os.RemoveAll(s.RunDir))
+		must.Do(s.t, os.RemoveAll(s.RunDir))
 	}
 }
 
@@ -121,9 +122,9 @@ func newBoot(t *testing.T) {
 	t.Helper()
 	const bootID = "/proc/sys/kernel/random/boot_id"
 	file := filepath.Join(t.TempDir(), "boot_id")
-	check(t, os.WriteFile(file, []byte("99999999-8888-4777-8666-555555555555\n"), 0o644))
-	check(t, unix.Mount(file, bootID, "", unix.MS_BIND, ""))
-	t.Cleanup(func() { check(t, unix.Unmount(bootID, 0)) })
+	must.Do(t, os.WriteFile(file, []byte("99999999-8888-4777-8666-555555555555\n"), 0o644))
+	must.Do(t, unix.Mount(file, bootID, "", unix.MS_BIND, ""))
+	t.Cleanup(func() { must.Do(t, unix.Unmount(bootID, 0)) })
 }
 
 func TestReboot(t *testing.T) {
@@ -153,7 +154,7 @@ func TestReboot(t *testing.T) {
 			s.want(0, s.run(pods[2].call().check()))
 			// The verdict of the last boot does not count.
 			wait(t, "the kernel is probed again", func() (string, bool) {
-				files := must(filepath.Glob(filepath.Join(s.RunDir, "verdict-99999999-*.json")))(t)
+				files := must.Get(filepath.Glob(filepath.Join(s.RunDir, "verdict-99999999-*.json")))(t)
 				return "", len(files) == 1
 			})
 			s.waitProber()
@@ -181,7 +182,7 @@ func TestCheck(t *testing.T) {
 	s.want(0, s.run(off.call(`"mode":"off"`, strict).check()))
 
 	// The link removed by hand is what CHECK is for; the other pod's is there.
-	check(t, os.Remove(s.linkPin(p.cgroupID)))
+	must.Do(t, os.Remove(s.linkPin(p.cgroupID)))
 	got := s.want(11, s.run(p.call().check()))
 	if !strings.Contains(got.stdout, strconv.FormatUint(p.cgroupID, 10)) || !strings.Contains(got.stdout, "restart the pod") {
 		t.Errorf("the error does not help: %s", got.stdout)
@@ -302,13 +303,13 @@ func TestVerbsOfEveryVersion(t *testing.T) {
 func TestTwoNetworks(t *testing.T) {
 	s := newSite(t, options{})
 	first := s.network(node.Network{Skipstack: withAccepting("excludePorts", []int{7001})})
-	second := must(s.Conflist([]byte(`{"cniVersion":"1.0.0","name":"second","plugins":[
+	second := must.Get(s.Conflist([]byte(`{"cniVersion":"1.0.0","name":"second","plugins":[
 		{"type":"ptp","ipam":{"type":"host-local","ranges":[[{"subnet":"10.99.0.0/16"}]]}},
 		{"type":"skipstack","excludePorts":[7002],"unreadLimit":65536,
 			"acceptRisks":["splice","fionread","epoll","uncharged","blocking"]}]}`)))(t)
 	client, server := s.twoPods(first, node.PodOptions{})
 	for _, p := range []*pod{client, server} {
-		must(p.Add(t.Context(), second, "net1"))(t)
+		must.Get(p.Add(t.Context(), second, "net1"))(t)
 	}
 	if n := len(s.records()); n != 4 {
 		t.Errorf("%d records, want 4", n)
@@ -323,20 +324,20 @@ func TestTwoNetworks(t *testing.T) {
 
 	// One attachment less: the link stays, and the other's settings hold alone.
 	for _, p := range []*pod{client, server} {
-		check(t, p.Del(t.Context(), second, "net1"))
-		check(t, p.Check(t.Context(), first, node.IfName))
+		must.Do(t, p.Del(t.Context(), second, "net1"))
+		must.Do(t, p.Check(t.Context(), first, node.IfName))
 	}
 	s.wantLinks(both...)
 	s.wantPlain("the port that is still excluded", direct(client, server).port(7001))
 	s.wantAcceleratedIf(accepted(t), "the port that is not excluded any more", direct(client, server).port(7002))
 
 	// A network that is off keeps the whole pod plain, while it is attached.
-	off := must(s.Conflist([]byte(`{"cniVersion":"1.0.0","name":"third","plugins":[
+	off := must.Get(s.Conflist([]byte(`{"cniVersion":"1.0.0","name":"third","plugins":[
 		{"type":"ptp","ipam":{"type":"host-local","ranges":[[{"subnet":"10.98.0.0/16"}]]}},{"type":"skipstack","mode":"off"}]}`)))(t)
-	must(server.Add(t.Context(), off, "net2"))(t)
+	must.Get(server.Add(t.Context(), off, "net2"))(t)
 	s.wantPlain("a pod on a network with mode off", direct(client, server))
 	s.wantLinks(both...)
-	check(t, server.Del(t.Context(), off, "net2"))
+	must.Do(t, server.Del(t.Context(), off, "net2"))
 	s.wantAcceleratedIf(accepted(t), "after that network's DEL", direct(client, server))
 }
 
@@ -362,7 +363,7 @@ func TestCRIO(t *testing.T) {
 	client := s.pod("client", list, slice("11111111-2222-4333-8444-555555555555"))
 	server := s.pod("server", list, slice("11111111-2222-4333-8444-666666666666"))
 	for _, p := range []*pod{client, server} {
-		check(t, p.Check(t.Context(), list, node.IfName))
+		must.Do(t, p.Check(t.Context(), list, node.IfName))
 		if r := s.record(p.ID); r.CgroupPath != strings.TrimPrefix(p.Cgroup, s.CgroupRoot) || r.CgroupID != p.cgroupID(t) {
 			t.Errorf("cgroup %s (%d), want %s", r.CgroupPath, r.CgroupID, p.Cgroup)
 		}
@@ -371,13 +372,13 @@ func TestCRIO(t *testing.T) {
 
 	cni := s.CNI()
 	raw, _, err := cni.GetNetworkListCachedConfig(list, server.RuntimeConf(node.IfName))
-	check(t, err)
-	cached := must(libcni.ConfListFromBytes(raw))(t)
-	check(t, server.Del(t.Context(), cached, node.IfName))
+	must.Do(t, err)
+	cached := must.Get(libcni.ConfListFromBytes(raw))(t)
+	must.Do(t, server.Del(t.Context(), cached, node.IfName))
 	s.wantLinks(client.cgroupID(t))
 	// A configuration that was broken since does not keep DEL from its work.
 	broken := s.network(node.Network{Skipstack: map[string]any{"mode": 7, "onError": "fail", "nonsense": true}})
-	check(t, client.Del(t.Context(), broken, node.IfName))
+	must.Do(t, client.Del(t.Context(), broken, node.IfName))
 	s.wantNothing()
 }
 
@@ -401,24 +402,24 @@ func TestWithoutKubernetes(t *testing.T) {
 	s := newSite(t, options{})
 	list := s.network(node.Network{})
 	start := func(name string) *pod {
-		p := must(s.NewPod(name, node.PodOptions{}))(t)
+		p := must.Get(s.NewPod(name, node.PodOptions{}))(t)
 		// The engine's cgroup of the container; the pod-level one is not used.
-		dir := must(s.Cgroup("system.slice/nerdctl-" + p.ID + ".scope"))(t)
+		dir := must.Get(s.Cgroup("system.slice/nerdctl-" + p.ID + ".scope"))(t)
 		first := exec.Command("/bin/sleep", "1000")
-		proc := must(p.Start(first, node.StartOptions{Cgroup: dir}))(t)
+		proc := must.Get(p.Start(first, node.StartOptions{Cgroup: dir}))(t)
 		t.Cleanup(func() { _ = proc.Kill() })
 		rt := p.RuntimeConf(node.IfName)
 		rt.Args, rt.CapabilityArgs = nil, nil
 		rt.NetNS = "/proc/" + strconv.Itoa(proc.Pid()) + "/ns/net"
 		cni := s.CNI()
-		check(t, cni.DelNetworkList(t.Context(), list, rt))
+		must.Do(t, cni.DelNetworkList(t.Context(), list, rt))
 		_, err := cni.AddNetworkList(t.Context(), list, rt)
-		check(t, err)
+		must.Do(t, err)
 		t.Cleanup(func() {
 			// Once more when the process is gone, and its pid with it.
-			check(t, cni.DelNetworkList(context.Background(), list, rt))
+			must.Do(t, cni.DelNetworkList(context.Background(), list, rt))
 			_ = proc.Kill()
-			check(t, cni.DelNetworkList(context.Background(), list, rt))
+			must.Do(t, cni.DelNetworkList(context.Background(), list, rt))
 		})
 		s.wantRecord(p.ID, "attached", "")
 		if r := s.record(p.ID); r.CgroupID != inode(t, dir) {
@@ -456,8 +457,8 @@ func TestDelUnderTraffic(t *testing.T) {
 	s.wantRedirected(b, a)
 	s.want(0, own("DEL", server))
 	s.say(a, b)
-	check(t, a.Close())
-	check(t, b.Close())
+	must.Do(t, a.Close())
+	must.Do(t, b.Close())
 	wait(t, "the parked link is swept", func() (string, bool) {
 		s.want(0, own("ADD", client)) // any ADD does it
 		links := s.links()
@@ -478,11 +479,11 @@ func TestUnreadLimit(t *testing.T) {
 		a, b := s.connect(direct(client, server))
 		before := s.counters()
 		for range 64 {
-			must(a.Write(make([]byte, 1024)))(t)
+			must.Get(a.Write(make([]byte, 1024)))(t)
 		}
 		if full := s.counters().Since(before).Messages["receiver_full"].Messages > 0; full != tc.full {
 			t.Errorf("limit %d, 64 KiB unread: receiver full %v", tc.limit, full)
 		}
-		must(io.ReadFull(b, make([]byte, 64<<10)))(t)
+		must.Get(io.ReadFull(b, make([]byte, 64<<10)))(t)
 	}
 }

@@ -20,6 +20,7 @@ import (
 	"github.com/skipstack/skipstack/plugin/attachment"
 	"github.com/skipstack/skipstack/plugin/datapath"
 	"github.com/skipstack/skipstack/test/datapath/traffic"
+	"github.com/skipstack/skipstack/test/must"
 	"github.com/skipstack/skipstack/test/node"
 	"github.com/skipstack/skipstack/test/report"
 )
@@ -78,7 +79,7 @@ func newSite(t *testing.T, o options) *site {
 	t.Cleanup(func() {
 		s.waitProber()
 		for _, p := range s.pods {
-			check(t, p.host.Close())
+			must.Do(t, p.host.Close())
 		}
 		left, err := s.ClosePods()
 		if err != nil || len(left) > 0 {
@@ -92,8 +93,8 @@ func newSite(t *testing.T, o options) *site {
 	})
 	if !o.unprobed {
 		v := theVerdict(t)
-		check(t, os.MkdirAll(s.RunDir, 0o700))
-		check(t, os.WriteFile(filepath.Join(s.RunDir, v.file), v.content, 0o600))
+		must.Do(t, os.MkdirAll(s.RunDir, 0o700))
+		must.Do(t, os.WriteFile(filepath.Join(s.RunDir, v.file), v.content, 0o600))
 	}
 	return s
 }
@@ -166,12 +167,12 @@ func probe(t *testing.T) verdict {
 	if (got.code == 0) == unsupported || out.Was != "nothing" || out.Open == unsupported {
 		t.Fatalf("load said %+v", got)
 	}
-	files := must(filepath.Glob(filepath.Join(s.RunDir, "verdict-*.json")))(t)
+	files := must.Get(filepath.Glob(filepath.Join(s.RunDir, "verdict-*.json")))(t)
 	if len(files) != 1 {
 		t.Fatalf("files of the verdict: %v", files)
 	}
 	out.Verdict.file = filepath.Base(files[0])
-	out.Verdict.content = must(os.ReadFile(files[0]))(t)
+	out.Verdict.content = must.Get(os.ReadFile(files[0]))(t)
 	return out.Verdict
 }
 
@@ -196,12 +197,12 @@ type record struct {
 func (s *site) records() []record {
 	s.t.Helper()
 	var all []record
-	for _, path := range must(filepath.Glob(filepath.Join(s.RunDir, "attachments", "[0-9a-f]*.json")))(s.t) {
+	for _, path := range must.Get(filepath.Glob(filepath.Join(s.RunDir, "attachments", "[0-9a-f]*.json")))(s.t) {
 		raw, err := os.ReadFile(path)
 		if errors.Is(err, fs.ErrNotExist) {
 			continue
 		}
-		check(s.t, err)
+		must.Do(s.t, err)
 		var r record
 		if err := json.Unmarshal(raw, &r); err != nil {
 			s.t.Fatalf("%s: %v: %s", path, err, raw)
@@ -235,8 +236,8 @@ func (s *site) links() []uint64 {
 	s.t.Helper()
 	var ids []uint64
 	for _, dir := range []string{"links", "parked"} {
-		for _, path := range must(filepath.Glob(filepath.Join(s.BPFFS, "skipstack/v*", dir, "*")))(s.t) {
-			ids = append(ids, must(strconv.ParseUint(filepath.Base(path), 10, 64))(s.t))
+		for _, path := range must.Get(filepath.Glob(filepath.Join(s.BPFFS, "skipstack/v*", dir, "*")))(s.t) {
+			ids = append(ids, must.Get(strconv.ParseUint(filepath.Base(path), 10, 64))(s.t))
 		}
 	}
 	slices.Sort(ids)
@@ -263,15 +264,15 @@ func (s *site) leftovers() []string {
 		filepath.Join(s.BPFFS, "skipstack", "v*", "links", "*"), filepath.Join(s.BPFFS, "skipstack", "v*", "parked", "*"),
 		filepath.Join(s.CgroupRoot, "skipstack-*"),
 	} {
-		left = append(left, must(filepath.Glob(pattern))(s.t)...)
+		left = append(left, must.Get(filepath.Glob(pattern))(s.t)...)
 	}
 	set, err := datapath.Open(s.BPFFS)
 	if errors.Is(err, datapath.ErrNotLoaded) {
 		return left
 	}
-	check(s.t, err)
+	must.Do(s.t, err)
 	defer set.Close()
-	for id := range must(set.PodCounters())(s.t) {
+	for id := range must.Get(set.PodCounters())(s.t) {
 		left = append(left, fmt.Sprintf("counters of cgroup %d", id))
 	}
 	return left
@@ -291,9 +292,9 @@ func (s *site) counters() datapath.Counters {
 	if errors.Is(err, datapath.ErrNotLoaded) {
 		return datapath.Counters{}
 	}
-	check(s.t, err)
+	must.Do(s.t, err)
 	defer set.Close()
-	return must(set.Counters())(s.t)
+	return must.Get(set.Counters())(s.t)
 }
 
 // gcAll runs a GC that names no attachment as valid for every network with a
@@ -318,7 +319,7 @@ func (s *site) waitProber() {
 	if errors.Is(err, fs.ErrNotExist) {
 		return
 	}
-	check(s.t, err)
+	must.Do(s.t, err)
 	defer f.Close()
 	wait(s.t, "the prober ends", func() (string, bool) {
 		return "the probe lock is held", unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB) == nil
@@ -336,24 +337,6 @@ func wait(t *testing.T, what string, condition func() (state string, ok bool)) {
 		if time.Now().After(deadline) {
 			t.Fatalf("waited in vain until %s: %s", what, state)
 		}
-	}
-}
-
-// must returns v, or fails the test that is given afterwards: must(f())(t).
-func must[T any](v T, err error) func(*testing.T) T {
-	return func(t *testing.T) T {
-		t.Helper()
-		if err != nil {
-			t.Fatal(err)
-		}
-		return v
-	}
-}
-
-func check(t *testing.T, err error) {
-	t.Helper()
-	if err != nil {
-		t.Fatal(err)
 	}
 }
 

@@ -9,6 +9,7 @@ import (
 
 	"github.com/skipstack/skipstack/plugin"
 	"github.com/skipstack/skipstack/test/datapath/traffic"
+	"github.com/skipstack/skipstack/test/must"
 	"github.com/skipstack/skipstack/test/node"
 )
 
@@ -48,8 +49,8 @@ func send(t *testing.T, from, to *traffic.Conn, size int) {
 	t.Helper()
 	for size > 0 {
 		n := min(size, 4000)
-		must(from.Write(make([]byte, n)))(t)
-		must(io.ReadFull(to, make([]byte, n)))(t)
+		must.Get(from.Write(make([]byte, n)))(t)
+		must.Get(io.ReadFull(to, make([]byte, n)))(t)
 		size -= n
 	}
 }
@@ -63,7 +64,7 @@ func TestStatusAndConnections(t *testing.T) {
 		t.Errorf("before anything is loaded: %+v", got)
 	}
 	list := s.network(node.Network{})
-	plain := must(node.WithoutSkipstack(list))(t)
+	plain := must.Get(node.WithoutSkipstack(list))(t)
 	early := s.pod("early", plain, node.PodOptions{})
 	if r := s.status(); r.Loaded != nil || r.NotLoaded == "" || podOf(t, r, title(early)).State != plugin.NotAttached {
 		t.Errorf("before anything is loaded: %+v", r)
@@ -73,7 +74,7 @@ func TestStatusAndConnections(t *testing.T) {
 	one, two := s.connect(direct(client, server))
 	send(t, one, two, 100_000)
 	send(t, two, one, 30_000)
-	must(one.Write(make([]byte, 777)))(t)
+	must.Get(one.Write(make([]byte, 777)))(t)
 
 	r := s.status()
 	if r.Loaded == nil || !r.Loaded.SameBuild || !r.Loaded.Open || r.Totals.Connections != 1 || len(r.Elsewhere)+len(r.Problems) > 0 {
@@ -127,8 +128,8 @@ func TestStatusAndConnections(t *testing.T) {
 	}
 
 	// Closing moves the numbers from the connection to its pods, and loses none.
-	check(t, one.Close())
-	check(t, two.Close())
+	must.Do(t, one.Close())
+	must.Do(t, two.Close())
 	wait(t, "the connection is gone", func() (string, bool) {
 		got := s.connections()
 		return fmt.Sprint(got), len(got) == 0

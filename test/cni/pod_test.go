@@ -12,6 +12,7 @@ import (
 
 	"github.com/skipstack/skipstack/plugin/datapath"
 	"github.com/skipstack/skipstack/test/datapath/traffic"
+	"github.com/skipstack/skipstack/test/must"
 	"github.com/skipstack/skipstack/test/node"
 )
 
@@ -24,7 +25,7 @@ type pod struct {
 // pod makes a pod and attaches it to the network.
 func (s *site) pod(name string, list *libcni.NetworkConfigList, o node.PodOptions) *pod {
 	s.t.Helper()
-	return s.peopled(must(s.AddPod(s.t.Context(), name, list, o))(s.t))
+	return s.peopled(must.Get(s.AddPod(s.t.Context(), name, list, o))(s.t))
 }
 
 // peopled starts a process in the pod.
@@ -42,14 +43,14 @@ func (s *site) twoPods(list *libcni.NetworkConfigList, o node.PodOptions) (clien
 // close removes the pod, as a runtime does.
 func (s *site) close(p *pod) {
 	s.t.Helper()
-	check(s.t, p.host.Close())
+	must.Do(s.t, p.host.Close())
 	for i, other := range s.pods {
 		if other == p {
 			s.pods = append(s.pods[:i], s.pods[i+1:]...)
 			break
 		}
 	}
-	check(s.t, p.Close(s.t.Context()))
+	must.Do(s.t, p.Close(s.t.Context()))
 }
 
 func (p *pod) cgroupID(t *testing.T) uint64 {
@@ -98,14 +99,14 @@ const exchangeBytes = 128 << 10
 func (s *site) exchange(r route) datapath.Counters {
 	s.t.Helper()
 	before := s.counters()
-	l := must(r.server.Listen(r.listen, r.listener))(s.t)
+	l := must.Get(r.server.Listen(r.listen, r.listener))(s.t)
 	defer l.Close()
 	by := l.Addr
 	if r.by != nil {
 		by = r.by(l)
 	}
 	client, server, err := r.client.Pair(l, by, r.socket)
-	check(s.t, err)
+	must.Do(s.t, err)
 	plan := func() traffic.Plan {
 		return traffic.Plan{Seed: rand.Uint64(), Bytes: exchangeBytes, MaxWrite: 16 << 10}
 	}
@@ -124,7 +125,7 @@ func (s *site) exchange(r route) datapath.Counters {
 	if !stop.Stop() {
 		s.t.Fatal("the connection hung:", err)
 	}
-	check(s.t, err)
+	must.Do(s.t, err)
 	return s.counters().Since(before)
 }
 
@@ -186,7 +187,7 @@ func (s *site) network(w node.Network) *libcni.NetworkConfigList {
 	if w.Skipstack == nil {
 		w.Skipstack = accepting
 	}
-	return must(s.Network(w))(s.t)
+	return must.Get(s.Network(w))(s.t)
 }
 
 // accepting is an entry that accepts every risk of a kernel, so that pods are
@@ -196,7 +197,7 @@ var accepting = map[string]any{"acceptRisks": []string{"splice", "fionread", "ep
 // peopledIn starts a process in one of the pod's cgroups.
 func (s *site) peopledIn(p *node.Pod, cgroup string) *pod {
 	s.t.Helper()
-	own := &pod{Pod: p, host: must(traffic.NewHost(p, node.StartOptions{Cgroup: cgroup}))(s.t)}
+	own := &pod{Pod: p, host: must.Get(traffic.NewHost(p, node.StartOptions{Cgroup: cgroup}))(s.t)}
 	s.pods = append(s.pods, own)
 	return own
 }
@@ -206,7 +207,7 @@ func (s *site) peopledIn(p *node.Pod, cgroup string) *pod {
 func (s *site) addrOf(p *pod) netip.AddrPort {
 	s.t.Helper()
 	var found netip.Addr
-	check(s.t, p.Do(func() error {
+	must.Do(s.t, p.Do(func() error {
 		ifc, err := net.InterfaceByName(node.IfName)
 		if err != nil {
 			return err

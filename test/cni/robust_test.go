@@ -16,6 +16,7 @@ import (
 
 	"github.com/skipstack/skipstack/plugin/attachment"
 	"github.com/skipstack/skipstack/plugin/datapath"
+	"github.com/skipstack/skipstack/test/must"
 	"github.com/skipstack/skipstack/test/node"
 	"github.com/skipstack/skipstack/test/trace"
 )
@@ -127,7 +128,7 @@ func TestConcurrent(t *testing.T) {
 		p.remove(t)
 	}
 	s.waitSwept()
-	if left := must(filepath.Glob(filepath.Join(s.RunDir, "*")))(t); len(left) > 6 {
+	if left := must.Get(filepath.Glob(filepath.Join(s.RunDir, "*")))(t); len(left) > 6 {
 		t.Errorf("run directory: %v", left)
 	}
 }
@@ -416,7 +417,7 @@ func TestStuckRunDirLock(t *testing.T) {
 		s.want(0, s.run(p.call().del()))
 	}
 	wait(t, "the kernel has released the cgroup", func() (string, bool) {
-		return "", !must(datapath.HasLink(s.BPFFS, gone.cgroupID))(t)
+		return "", !must.Get(datapath.HasLink(s.BPFFS, gone.cgroupID))(t)
 	})
 	s.gcAll()
 	s.wantLinks()
@@ -427,8 +428,8 @@ func TestStuckRunDirLock(t *testing.T) {
 func TestStuckLoading(t *testing.T) {
 	s := newSite(t, options{})
 	empty := filepath.Join(s.Dir, "empty")
-	check(t, os.Mkdir(empty, 0o700))
-	check(t, os.Mkdir(filepath.Join(s.BPFFS, "skipstack"), 0o700))
+	must.Do(t, os.Mkdir(empty, 0o700))
+	must.Do(t, os.Mkdir(filepath.Join(s.BPFFS, "skipstack"), 0o700))
 	for name, tc := range map[string]struct{ bpffs, lock string }{
 		"loading":  {s.BPFFS, filepath.Join(s.BPFFS, "skipstack")},
 		"mounting": {empty, empty},
@@ -454,16 +455,16 @@ func TestStuckLoading(t *testing.T) {
 			}
 		})
 	}
-	check(t, unix.Unmount(empty, unix.MNT_DETACH))
+	must.Do(t, unix.Unmount(empty, unix.MNT_DETACH))
 }
 
 // A prober that is stuck keeps pods from being accelerated, and from nothing else.
 func TestStuckProber(t *testing.T) {
 	s := newSite(t, options{unprobed: true})
 	p, q := s.light(), s.light()
-	check(t, os.MkdirAll(s.RunDir, 0o700))
+	must.Do(t, os.MkdirAll(s.RunDir, 0o700))
 	lock := filepath.Join(s.RunDir, attachment.ProbeLock)
-	check(t, os.WriteFile(lock, nil, 0o600))
+	must.Do(t, os.WriteFile(lock, nil, 0o600))
 	holder := newStuck(t, lock)
 	for _, got := range s.meanwhile(p.call().add(), q.call().add()) {
 		s.wantLines(0, "", got)
@@ -552,9 +553,9 @@ func TestStuckAdd(t *testing.T) {
 // gate reads the node's gate.
 func (s *site) gate() datapath.NodeSettings {
 	s.t.Helper()
-	set := must(datapath.Open(s.BPFFS))(s.t)
+	set := must.Get(datapath.Open(s.BPFFS))(s.t)
 	defer set.Close()
-	return must(set.Node())(s.t)
+	return must.Get(set.Node())(s.t)
 }
 
 // waitGate waits until the prober has opened the gate.
@@ -570,7 +571,7 @@ func TestDamaged(t *testing.T) {
 	s := newSite(t, options{})
 	list := s.network(node.Network{})
 	client, server := s.twoPods(list, node.PodOptions{})
-	pins := must(filepath.Glob(filepath.Join(s.BPFFS, "skipstack/v1/*s/*[a-z]*")))(t)
+	pins := must.Get(filepath.Glob(filepath.Join(s.BPFFS, "skipstack/v1/*s/*[a-z]*")))(t)
 	if len(pins) < 5 {
 		t.Fatalf("pins %v", pins)
 	}
@@ -578,10 +579,10 @@ func TestDamaged(t *testing.T) {
 	for _, pin := range pins[:4] {
 		a, b := s.connect(direct(client, server))
 		s.wantRedirected(a, b)
-		check(t, os.Remove(pin))
+		must.Do(t, os.Remove(pin))
 		for _, p := range []*pod{client, server} { // as for two new pods of the same cgroups
 			_, err := p.Add(t.Context(), list, "again")
-			check(t, err)
+			must.Do(t, err)
 		}
 		for range 5 {
 			s.say(a, b)
@@ -590,10 +591,10 @@ func TestDamaged(t *testing.T) {
 		s.wantAccelerated("after "+filepath.Base(pin)+" was removed", direct(client, server))
 		s.wantLinks(client.cgroupID(t), server.cgroupID(t))
 		for _, p := range []*pod{client, server} {
-			check(t, p.Check(t.Context(), list, node.IfName))
-			check(t, p.Del(t.Context(), list, "again"))
+			must.Do(t, p.Check(t.Context(), list, node.IfName))
+			must.Do(t, p.Del(t.Context(), list, "again"))
 		}
-		check(t, a.Close())
-		check(t, b.Close())
+		must.Do(t, a.Close())
+		must.Do(t, b.Close())
 	}
 }

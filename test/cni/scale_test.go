@@ -13,6 +13,7 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
 
+	"github.com/skipstack/skipstack/test/must"
 	"github.com/skipstack/skipstack/test/trace"
 )
 
@@ -86,7 +87,7 @@ func objects(t *testing.T) map[string]int {
 			if errors.Is(err, fs.ErrNotExist) {
 				return
 			}
-			check(t, err)
+			must.Do(t, err)
 			n[what]++
 		}
 	}
@@ -103,7 +104,7 @@ func objects(t *testing.T) map[string]int {
 	for links.Next() {
 		n["links"]++
 	}
-	check(t, links.Err())
+	must.Do(t, links.Err())
 	return n
 }
 
@@ -113,7 +114,7 @@ func TestChurn(t *testing.T) {
 	state := func() map[string]int {
 		n := objects(t)
 		for name, dir := range map[string]string{"files": s.RunDir, "pins": s.BPFFS, "cgroups": s.CgroupRoot} {
-			check(t, filepath.WalkDir(dir, func(_ string, d fs.DirEntry, err error) error {
+			must.Do(t, filepath.WalkDir(dir, func(_ string, d fs.DirEntry, err error) error {
 				if err == nil && (name != "cgroups" || d.IsDir()) {
 					n[name]++
 				}

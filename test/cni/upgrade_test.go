@@ -17,6 +17,7 @@ import (
 
 	"github.com/skipstack/skipstack/plugin"
 	"github.com/skipstack/skipstack/test/datapath/traffic"
+	"github.com/skipstack/skipstack/test/must"
 	"github.com/skipstack/skipstack/test/node"
 )
 
@@ -29,7 +30,7 @@ func anotherBuild(t *testing.T, path string) {
 		machine = 18  // e_machine
 		bpf     = 247 // EM_BPF
 	)
-	program := must(os.ReadFile(program()))(t)
+	program := must.Get(os.ReadFile(program()))(t)
 	magic := []byte("\x7fELF\x02\x01\x01")
 	objects := 0
 	for at := 1; ; {
@@ -47,15 +48,15 @@ func anotherBuild(t *testing.T, path string) {
 	if objects == 0 {
 		t.Fatal("no BPF object in the program")
 	}
-	check(t, os.WriteFile(path, program, 0o755))
+	must.Do(t, os.WriteFile(path, program, 0o755))
 }
 
 // place puts a build where the runtime looks for the plugin, as install does.
 func (s *site) place(build string) {
 	s.t.Helper()
 	tmp := filepath.Join(s.BinDir, ".new")
-	check(s.t, os.WriteFile(tmp, must(os.ReadFile(build))(s.t), 0o755))
-	check(s.t, os.Rename(tmp, filepath.Join(s.BinDir, plugin.Type)))
+	must.Do(s.t, os.WriteFile(tmp, must.Get(os.ReadFile(build))(s.t), 0o755))
+	must.Do(s.t, os.Rename(tmp, filepath.Join(s.BinDir, plugin.Type)))
 }
 
 // with runs a command of that build.
@@ -98,7 +99,7 @@ func TestUpgradeUnderTraffic(t *testing.T) {
 	for range 3 {
 		one, two := s.connect(direct(client, server))
 		for _, c := range []*traffic.Conn{one, two} {
-			check(t, c.SetDeadline(time.Now().Add(10*time.Minute)))
+			must.Do(t, c.SetDeadline(time.Now().Add(10*time.Minute)))
 		}
 		pairs = append(pairs, [2]*traffic.Conn{one, two})
 	}
@@ -172,13 +173,13 @@ func TestUpgradeUnderTraffic(t *testing.T) {
 		s.wantJSON(map[string]any{"was": "this build"}, got)
 	}
 	close(stop)
-	check(t, <-ended)
+	must.Do(t, <-ended)
 	if churned == 0 {
 		t.Error("no pod has come and gone")
 	}
 	moving()
-	check(t, load.Stop())
+	must.Do(t, load.Stop())
 	for _, pair := range pairs {
-		check(t, errors.Join(pair[0].Close(), pair[1].Close()))
+		must.Do(t, errors.Join(pair[0].Close(), pair[1].Close()))
 	}
 }

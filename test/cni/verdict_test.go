@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/skipstack/skipstack/plugin/datapath"
+	"github.com/skipstack/skipstack/test/must"
 	"github.com/skipstack/skipstack/test/node"
 )
 
@@ -25,7 +26,7 @@ import (
 func children(t *testing.T, match func(cmdline, stat string) bool) []string {
 	t.Helper()
 	var found []string
-	for _, stat := range must(filepath.Glob("/proc/[0-9]*/stat"))(t) {
+	for _, stat := range must.Get(filepath.Glob("/proc/[0-9]*/stat"))(t) {
 		text, err := os.ReadFile(stat)
 		if err != nil {
 			continue // it has just ended
@@ -57,7 +58,7 @@ func orphans(t *testing.T) int {
 // verdictFile is the file of this boot's verdict, "" if there is none.
 func (s *site) verdictFile() string {
 	s.t.Helper()
-	files := must(filepath.Glob(filepath.Join(s.RunDir, "verdict-*.json")))(s.t)
+	files := must.Get(filepath.Glob(filepath.Join(s.RunDir, "verdict-*.json")))(s.t)
 	if len(files) == 0 {
 		return ""
 	}
@@ -74,22 +75,22 @@ func TestFirstPods(t *testing.T) {
 	for i := range read {
 		var err error
 		read[i], write[i], err = os.Pipe()
-		check(t, err)
+		must.Do(t, err)
 		defer read[i].Close()
 	}
 	cmd := s.command(t.Context(), p.call().add())
 	cmd.Stdout, cmd.Stderr = write[0], write[1]
 	start := time.Now()
-	check(t, s.Do(cmd.Start))
+	must.Do(t, s.Do(cmd.Start))
 	for _, w := range write {
 		w.Close()
 	}
 	var printed [2][]byte
 	for i, r := range read {
-		printed[i] = must(io.ReadAll(r))(t)
+		printed[i] = must.Get(io.ReadAll(r))(t)
 	}
 	took := time.Since(start)
-	check(t, cmd.Wait())
+	must.Do(t, cmd.Wait())
 	if s.verdictFile() != "" {
 		t.Error("the ADD has waited for the verdict")
 	}
@@ -102,7 +103,7 @@ func TestFirstPods(t *testing.T) {
 	}
 	t.Logf("the first ADD, which loads the datapath, took %v", took)
 	for _, pid := range running {
-		env := must(os.ReadFile(filepath.Join("/proc", pid, "environ")))(t)
+		env := must.Get(os.ReadFile(filepath.Join("/proc", pid, "environ")))(t)
 		if strings.Contains(string(env), "CNI_") {
 			t.Errorf("the prober has CNI's variables: %q", env)
 		}
@@ -128,7 +129,7 @@ func TestFirstPods(t *testing.T) {
 
 func atoi(t *testing.T, s string) (n int) {
 	t.Helper()
-	must(fmt.Sscan(s, &n))(t)
+	must.Get(fmt.Sscan(s, &n))(t)
 	return n
 }
 
@@ -191,12 +192,12 @@ func TestProberKilled(t *testing.T) {
 			t.Fatalf("probers %v, want one", pids)
 		}
 		// Once at once, then ever later on its way.
-		scratch := func() []string { return must(filepath.Glob(filepath.Join(s.CgroupRoot, "skipstack-probe-*")))(t) }
+		scratch := func() []string { return must.Get(filepath.Glob(filepath.Join(s.CgroupRoot, "skipstack-probe-*")))(t) }
 		if i > 0 {
 			wait(t, "the prober has its cgroup", func() (string, bool) { return "", len(scratch()) > 0 })
 			time.Sleep(time.Duration(i-1) * 50 * time.Millisecond) // any point will do
 		}
-		check(t, unix.Kill(atoi(t, pids[0]), unix.SIGKILL))
+		must.Do(t, unix.Kill(atoi(t, pids[0]), unix.SIGKILL))
 		s.waitProber()
 		if s.verdictFile() != "" {
 			t.Error("it was not killed before it knew the verdict")
@@ -213,7 +214,7 @@ func forge(t *testing.T, notOK ...string) verdict {
 	t.Helper()
 	v := theVerdict(t)
 	var doc map[string]any
-	check(t, json.Unmarshal(v.content, &doc))
+	must.Do(t, json.Unmarshal(v.content, &doc))
 	risks := []string{}
 	level := "safe"
 	for _, p := range doc["probes"].([]any) {
@@ -245,7 +246,7 @@ func forge(t *testing.T, notOK ...string) verdict {
 	if slices.Contains(risks, "splice") {
 		doc["guard"] = ""
 	}
-	return verdict{Verdict: level, Risks: risks, file: v.file, content: must(json.Marshal(doc))(t)}
+	return verdict{Verdict: level, Risks: risks, file: v.file, content: must.Get(json.Marshal(doc))(t)}
 }
 
 // What each kind of verdict makes of pods in mode auto, with and without a word
@@ -265,8 +266,8 @@ func TestVerdicts(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			v := forge(t, tc.notOK...)
 			s := newSite(t, options{unprobed: true})
-			check(t, os.MkdirAll(s.RunDir, 0o700))
-			check(t, os.WriteFile(filepath.Join(s.RunDir, v.file), v.content, 0o600))
+			must.Do(t, os.MkdirAll(s.RunDir, 0o700))
+			must.Do(t, os.WriteFile(filepath.Join(s.RunDir, v.file), v.content, 0o600))
 			auto := s.network(node.Network{Skipstack: map[string]any{}})
 			a, b := s.twoPods(auto, node.PodOptions{})
 			if log := s.log.take(); tc.auto != (log == "") || !strings.Contains(log, strings.Join(v.Risks, ", ")) {
@@ -300,8 +301,8 @@ func TestUnsupported(t *testing.T) {
 		}
 	} else {
 		v := forge(t, "order", "splice")
-		check(t, os.MkdirAll(s.RunDir, 0o700))
-		check(t, os.WriteFile(filepath.Join(s.RunDir, v.file), v.content, 0o600))
+		must.Do(t, os.MkdirAll(s.RunDir, 0o700))
+		must.Do(t, os.WriteFile(filepath.Join(s.RunDir, v.file), v.content, 0o600))
 	}
 	p := s.light()
 	for _, mode := range []string{"auto", "on"} {
@@ -350,14 +351,14 @@ func TestVerdictOfNoUse(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := newSite(t, options{unprobed: true})
-			check(t, os.MkdirAll(s.RunDir, 0o700))
-			check(t, os.WriteFile(filepath.Join(s.RunDir, v.file), []byte(content), 0o600))
+			must.Do(t, os.MkdirAll(s.RunDir, 0o700))
+			must.Do(t, os.WriteFile(filepath.Join(s.RunDir, v.file), []byte(content), 0o600))
 			p := s.light()
 			s.want(0, s.run(p.call().add()))
 			s.wantRecord(p.id, "attached", "")
 			s.waitGate()
 			var now verdict
-			check(t, json.Unmarshal(must(os.ReadFile(s.verdictFile()))(t), &now))
+			must.Do(t, json.Unmarshal(must.Get(os.ReadFile(s.verdictFile()))(t), &now))
 			if now.Verdict != v.Verdict || !slices.Equal(now.Risks, v.Risks) {
 				t.Errorf("verdict %+v, want %+v", now, v)
 			}

@@ -6,6 +6,7 @@ import (
 	"regexp"
 	"testing"
 
+	"github.com/skipstack/skipstack/test/must"
 	"github.com/skipstack/skipstack/test/node"
 )
 
@@ -27,7 +28,7 @@ func TestCgroupViews(t *testing.T) {
 		Args: []string{"-test.v", "-test.run", inBothViews, "-test.timeout", "10m"}, Env: os.Environ(),
 		Stdout: &out, Stderr: &out, UnifiedCgroups: true,
 	})
-	check(t, err)
+	must.Do(t, err)
 	results := regexp.MustCompile(`(?m)^--- (PASS|FAIL|SKIP): (\w+) `).FindAllStringSubmatch(out.String(), -1)
 	failed := exit != 0 || len(results) < 11
 	for _, r := range results {

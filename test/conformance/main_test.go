@@ -15,6 +15,7 @@ import (
 	"github.com/skipstack/skipstack/plugin/datapath"
 	"github.com/skipstack/skipstack/plugin/verdict"
 	"github.com/skipstack/skipstack/test/datapath/traffic"
+	"github.com/skipstack/skipstack/test/must"
 	"github.com/skipstack/skipstack/test/node"
 	"github.com/skipstack/skipstack/test/probe"
 )
@@ -94,7 +95,7 @@ func lab(t *testing.T, lanes int) (kernel, chan []*rig) {
 	n := node.ForTest(t, node.Options{})
 	probed := probe.Kernel(t, n.CgroupRoot)
 	list, err := n.Network(node.Network{})
-	check(t, err)
+	must.Do(t, err)
 	free := make(chan []*rig, lanes)
 	for range lanes {
 		var rigs []*rig
@@ -126,13 +127,13 @@ func newRig(t *testing.T, n *node.Node, list *libcni.NetworkConfigList, v *verdi
 	if m != plain {
 		var err error
 		g.set, err = datapath.LoadPrivate(datapath.LoadOptions{MaxConnections: maxConnections, ClaimWindow: claimWindow})
-		check(t, err)
-		check(t, g.set.SetNode(v.NodeSettings()))
+		must.Do(t, err)
+		must.Do(t, g.set.SetNode(v.NodeSettings()))
 		t.Cleanup(func() {
 			if !t.Failed() {
 				g.waitEmpty(t)
 			}
-			check(t, g.set.Close())
+			must.Do(t, g.set.Close())
 		})
 	}
 	for _, end := range []struct {
@@ -140,26 +141,26 @@ func newRig(t *testing.T, n *node.Node, list *libcni.NetworkConfigList, v *verdi
 		pod  **pod
 	}{{"client", &g.client}, {"server", &g.server}} {
 		p, err := n.AddPod(t.Context(), fmt.Sprintf("%s-%s-%s", m, r, end.name), list, node.PodOptions{})
-		check(t, err)
+		must.Do(t, err)
 		host, err := traffic.NewHost(p, node.StartOptions{})
-		check(t, err)
-		t.Cleanup(func() { check(t, host.Close()) })
+		must.Do(t, err)
+		t.Cleanup(func() { must.Do(t, host.Close()) })
 		*end.pod = &pod{p, host}
 		// Lost segments come again after milliseconds.
-		check(t, p.SetMinRTO(20*time.Millisecond))
+		must.Do(t, p.SetMinRTO(20*time.Millisecond))
 		if g.set == nil {
 			continue
 		}
 		dir, err := os.Open(p.Cgroup)
-		check(t, err)
+		must.Do(t, err)
 		defer dir.Close()
 		var st unix.Stat_t
-		check(t, unix.Fstat(int(dir.Fd()), &st))
+		must.Do(t, unix.Fstat(int(dir.Fd()), &st))
 		_, err = g.set.Attach(dir, st.Ino)
-		check(t, err)
+		must.Do(t, err)
 		cgroups = append(cgroups, st.Ino)
 	}
-	check(t, g.gate(true))
+	must.Do(t, g.gate(true))
 	return g
 }
 
@@ -168,9 +169,9 @@ func (g *rig) waitEmpty(t *testing.T) {
 	t.Helper()
 	for deadline := time.Now().Add(2 * patience); ; time.Sleep(tick) {
 		live, err := g.set.Live()
-		check(t, err)
+		must.Do(t, err)
 		members, err := g.set.Enrolled()
-		check(t, err)
+		must.Do(t, err)
 		if live == 0 && members == 0 {
 			return
 		}
@@ -187,11 +188,4 @@ func (p *pod) addr() netip.Addr {
 		panic("the pod has no address")
 	}
 	return a
-}
-
-func check(t *testing.T, err error) {
-	t.Helper()
-	if err != nil {
-		t.Fatal(err)
-	}
 }

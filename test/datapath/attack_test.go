@@ -16,6 +16,7 @@ import (
 
 	"github.com/skipstack/skipstack/plugin/datapath"
 	"github.com/skipstack/skipstack/test/datapath/traffic"
+	"github.com/skipstack/skipstack/test/must"
 	"github.com/skipstack/skipstack/test/node"
 )
 
@@ -47,7 +48,7 @@ func TestConnectionChurn(t *testing.T) {
 			})
 		}
 		wg.Wait()
-		check(t, errors.Join(errs...))
+		must.Do(t, errors.Join(errs...))
 		d := l.counters().Since(before)
 		var all uint64
 		for _, n := range d.Connections {
@@ -59,7 +60,7 @@ func TestConnectionChurn(t *testing.T) {
 		}
 		l.waitEmpty()
 		for _, p := range []*pod{client, server} {
-			check(t, datapath.DropPod(l.node.BPFFS, p.id))
+			must.Do(t, datapath.DropPod(l.node.BPFFS, p.id))
 		}
 		l.expectNothingKept()
 	})
@@ -131,17 +132,17 @@ func TestWriterKilled(t *testing.T) {
 			before := l.counters()
 			cmd := node.WorkerCommand(pushName)
 			cmd.ExtraFiles = []*os.File{from.File}
-			proc := must(victim.Start(cmd, node.StartOptions{}))(t)
-			check(t, from.Close()) // the process has it
+			proc := must.Get(victim.Start(cmd, node.StartOptions{}))(t)
+			must.Do(t, from.Close()) // the process has it
 			got, buf, least := traffic.NewStream(0), make([]byte, 64<<10), rand.Int64N(20<<20)
 			var killed sync.WaitGroup
 			for dead := false; ; {
 				n, err := reader.Read(buf)
-				check(t, got.Check(buf[:n]))
+				must.Do(t, got.Check(buf[:n]))
 				if errors.Is(err, io.EOF) {
 					break
 				}
-				check(t, err)
+				must.Do(t, err)
 				if !dead && got.At() > least {
 					dead = true
 					killed.Go(func() { _ = proc.Kill() })
@@ -158,7 +159,7 @@ func TestWriterKilled(t *testing.T) {
 			if lost := int64(sent) - got.At(); m["redirected"].Bytes == 0 || lost < 0 || lost > pushWrite {
 				t.Errorf("round %d: %d bytes arrived of %d that were sent: %v", round, got.At(), sent, m)
 			}
-			check(t, reader.Close())
+			must.Do(t, reader.Close())
 		}
 	})
 }
@@ -174,26 +175,26 @@ func TestCgroupRecreated(t *testing.T) {
 			a, b := client.pair(t, tl, traffic.SocketOptions{})
 			echo(t, a, b)
 			oldID := client.id
-			check(t, client.host.Close())
-			check(t, client.cgroup.Close())
+			must.Do(t, client.host.Close())
+			must.Do(t, client.cgroup.Close())
 			for _, dir := range []string{client.ContainerCgroup, client.Cgroup} {
 				wait(t, "the cgroup is removed", func() (string, bool) {
 					err := unix.Rmdir(dir)
 					return fmt.Sprint(err), err == nil
 				})
 			}
-			check(t, os.MkdirAll(client.ContainerCgroup, 0o755))
+			must.Do(t, os.MkdirAll(client.ContainerCgroup, 0o755))
 			echo(t, a, b) // of nobody's pod now
 
 			client.cgroup, client.id = openCgroup(t, client.Cgroup)
 			if client.id == oldID {
 				t.Fatal("the new cgroup has the old one's id")
 			}
-			if created := must(l.set.Attach(client.cgroup, client.id))(t); !created {
+			if created := must.Get(l.set.Attach(client.cgroup, client.id))(t); !created {
 				t.Fatal("the new cgroup was attached before")
 			}
-			check(t, l.set.SetPod(client.id, enabled))
-			client.host = must(traffic.NewHost(client.Pod, node.StartOptions{}))(t)
+			must.Do(t, l.set.SetPod(client.id, enabled))
+			client.host = must.Get(traffic.NewHost(client.Pod, node.StartOptions{}))(t)
 			before := l.counters()
 			c, d := client.pair(t, tl, traffic.SocketOptions{})
 			echo(t, c, d)
@@ -201,15 +202,15 @@ func TestCgroupRecreated(t *testing.T) {
 			l.expectRedirected(before)
 			echo(t, a, b)
 			// The old cgroup keeps its program for the socket's sake.
-			check(t, datapath.Sweep(l.node.BPFFS, 0))
+			must.Do(t, datapath.Sweep(l.node.BPFFS, 0))
 			l.expectLinks(3, 0)
 			exchange(t, a, b)
 			exchange(t, c, d)
 			for _, conn := range []*traffic.Conn{a, b, c, d} {
-				check(t, conn.Close())
+				must.Do(t, conn.Close())
 			}
 			wait(t, "the old cgroup's link is swept", func() (string, bool) {
-				check(t, datapath.Sweep(l.node.BPFFS, 0))
+				must.Do(t, datapath.Sweep(l.node.BPFFS, 0))
 				links := l.linksIn("links")
 				return fmt.Sprint(links), len(links) == 2
 			})
@@ -217,7 +218,7 @@ func TestCgroupRecreated(t *testing.T) {
 		}
 		l.waitEmpty()
 		for _, p := range []*pod{client, server} {
-			check(t, datapath.DropPod(l.node.BPFFS, p.id))
+			must.Do(t, datapath.DropPod(l.node.BPFFS, p.id))
 		}
 		l.expectLinks(0, 0)
 		l.expectNothingKept()

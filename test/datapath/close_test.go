@@ -11,6 +11,7 @@ import (
 
 	"github.com/skipstack/skipstack/plugin/datapath"
 	"github.com/skipstack/skipstack/test/datapath/traffic"
+	"github.com/skipstack/skipstack/test/must"
 	"github.com/skipstack/skipstack/test/node"
 )
 
@@ -32,7 +33,7 @@ func (l *lab) stoppedPair(t *testing.T, client, server *pod) (a *traffic.Filler,
 func ends(t *testing.T, writer *traffic.Conn) {
 	t.Helper()
 	start := time.Now()
-	check(t, writer.SetWriteDeadline(start.Add(10*time.Second)))
+	must.Do(t, writer.SetWriteDeadline(start.Add(10*time.Second)))
 	buf := make([]byte, 64<<10)
 	for {
 		_, err := writer.Write(buf)
@@ -56,7 +57,7 @@ func TestReaderGoes(t *testing.T) {
 			l := newLab(t, s, datapath.LoadOptions{})
 			client, server := l.pod("client", withLimit(1<<20)), l.pod("server", withLimit(1<<20))
 			a, b := l.stoppedPair(t, client, server)
-			check(t, b.Close())
+			must.Do(t, b.Close())
 			ends(t, a.Conn)
 		})
 		t.Run("close after reading some", func(t *testing.T) {
@@ -65,7 +66,7 @@ func TestReaderGoes(t *testing.T) {
 			client, server := l.pod("client", withLimit(1<<20)), l.pod("server", withLimit(1<<20))
 			a, b := l.stoppedPair(t, client, server)
 			read(t, b, traffic.NewStream(0), 100_000)
-			check(t, b.Close())
+			must.Do(t, b.Close())
 			ends(t, a.Conn)
 		})
 		t.Run("the client goes", func(t *testing.T) {
@@ -76,7 +77,7 @@ func TestReaderGoes(t *testing.T) {
 			echo(t, a, b)
 			f := []traffic.Filler{{Conn: b, Stream: traffic.NewStream(0)}}
 			fill(t, f, 64<<10, 100)
-			check(t, a.Close())
+			must.Do(t, a.Close())
 			ends(t, b)
 		})
 		t.Run("close long after half-close", func(t *testing.T) {
@@ -84,13 +85,13 @@ func TestReaderGoes(t *testing.T) {
 			l := newLab(t, s, datapath.LoadOptions{})
 			client, server := l.pod("client", withLimit(1<<20)), l.pod("server", withLimit(1<<20))
 			a, b := client.pair(t, server.listen(t, server.at(false, 0), traffic.SocketOptions{}), traffic.SocketOptions{})
-			check(t, b.CloseWrite())
+			must.Do(t, b.CloseWrite())
 			eof(t, a)
 			f := []traffic.Filler{{Conn: a, Stream: traffic.NewStream(0)}}
 			fill(t, f, 64<<10, 100)
 			// Long enough for window probes to become rare.
 			time.Sleep(3 * time.Second)
-			check(t, b.Close())
+			must.Do(t, b.Close())
 			ends(t, a)
 		})
 		t.Run("half-close while stopped, then close", func(t *testing.T) {
@@ -98,10 +99,10 @@ func TestReaderGoes(t *testing.T) {
 			l := newLab(t, s, datapath.LoadOptions{})
 			client, server := l.pod("client", withLimit(1<<20)), l.pod("server", withLimit(1<<20))
 			a, b := l.stoppedPair(t, client, server)
-			check(t, b.CloseWrite())
+			must.Do(t, b.CloseWrite())
 			eof(t, a.Conn)
 			time.Sleep(time.Second)
-			check(t, b.Close())
+			must.Do(t, b.Close())
 			ends(t, a.Conn)
 		})
 		t.Run("both have shut down sending", func(t *testing.T) {
@@ -109,10 +110,10 @@ func TestReaderGoes(t *testing.T) {
 			l := newLab(t, s, datapath.LoadOptions{})
 			client, server := l.pod("client", withLimit(1<<20)), l.pod("server", withLimit(1<<20))
 			a, b := l.stoppedPair(t, client, server)
-			check(t, a.Conn.CloseWrite())
-			check(t, b.Close())
+			must.Do(t, a.Conn.CloseWrite())
+			must.Do(t, b.Close())
 			wait(t, "the writer's socket has an error", func() (string, bool) {
-				events := must(traffic.Poll(a.Conn.FD, unix.POLLOUT, 0))(t)
+				events := must.Get(traffic.Poll(a.Conn.FD, unix.POLLOUT, 0))(t)
 				return "poll says nothing", events&(unix.POLLERR|unix.POLLHUP) == unix.POLLERR|unix.POLLHUP
 			})
 		})
@@ -120,11 +121,11 @@ func TestReaderGoes(t *testing.T) {
 			t.Parallel()
 			l := newLab(t, s, datapath.LoadOptions{})
 			client, server := l.pod("client", withLimit(1<<20)), l.pod("server", withLimit(1<<20))
-			victim := must(traffic.NewHost(server.Pod, node.StartOptions{}))(t)
+			victim := must.Get(traffic.NewHost(server.Pod, node.StartOptions{}))(t)
 			a, b := l.stoppedPair(t, client, server)
-			check(t, victim.Hold(b))
-			check(t, b.Close())
-			check(t, victim.Kill())
+			must.Do(t, victim.Hold(b))
+			must.Do(t, b.Close())
+			must.Do(t, victim.Kill())
 			ends(t, a.Conn)
 		})
 		t.Run("slow reader stays", func(t *testing.T) {
@@ -132,7 +133,7 @@ func TestReaderGoes(t *testing.T) {
 			l := newLab(t, s, datapath.LoadOptions{})
 			client, server := l.pod("client", withLimit(1<<20)), l.pod("server", withLimit(1<<20))
 			a, b := client.pair(t, server.listen(t, server.at(false, 0), traffic.SocketOptions{}), traffic.SocketOptions{})
-			check(t, b.CloseWrite())
+			must.Do(t, b.CloseWrite())
 			eof(t, a)
 			slowReader(t, l, a, b, 6*time.Second)
 		})
@@ -159,8 +160,8 @@ func slowReader(t *testing.T, l *lab, a, b *traffic.Conn, stall time.Duration) {
 	if _, err := unix.Write(a.FD, []byte{0}); !errors.Is(err, unix.EAGAIN) {
 		t.Fatalf("write after %s: %v, want EAGAIN", stall, err)
 	}
-	check(t, a.CloseWrite())
-	check(t, b.Receive(traffic.Plan{Bytes: f[0].Total}))
+	must.Do(t, a.CloseWrite())
+	must.Do(t, b.Receive(traffic.Plan{Bytes: f[0].Total}))
 	if n := l.counters().Events["peer_gone_timeout"]; n != 0 {
 		t.Errorf("the writer was cut off %d times from a reader that was there", n)
 	}
@@ -203,7 +204,7 @@ func TestHalfClose(t *testing.T) {
 				for range 10 {
 					write(t, a, sent, 10_000)
 				}
-				check(t, a.CloseWrite())
+				must.Do(t, a.CloseWrite())
 				for _, n := range []int{1, 100_000} {
 					if n, err := unix.Write(a.FD, make([]byte, n)); !errors.Is(err, unix.EPIPE) {
 						t.Errorf("write after shutdown: %d, %v, want EPIPE", n, err)
@@ -220,7 +221,7 @@ func TestHalfClose(t *testing.T) {
 					write(t, b, sent, 50_000)
 				}
 				l.expect(before, "redirected", 3)
-				check(t, b.Close())
+				must.Do(t, b.Close())
 				read(t, a, got, 150_000)
 				eof(t, a)
 			})
@@ -246,13 +247,13 @@ func TestCloseDelivers(t *testing.T) {
 				sent, buf := traffic.NewStream(0), make([]byte, 5_000)
 				for range 20 {
 					sent.Next(buf)
-					must(a.Write(buf))(t)
+					must.Get(a.Write(buf))(t)
 				}
 				if n := l.counters().Since(before).Messages; n[outcome].Bytes != 100_000 {
 					t.Errorf("%d bytes counted as %s, want 100000: %v", n[outcome].Bytes, outcome, n)
 				}
-				check(t, a.Close())
-				check(t, b.Receive(traffic.Plan{Bytes: 100_000}))
+				must.Do(t, a.Close())
+				must.Do(t, b.Receive(traffic.Plan{Bytes: 100_000}))
 			})
 		}
 	})
@@ -271,7 +272,7 @@ func TestReset(t *testing.T) {
 				if from == "server" {
 					a, b = b, a
 				}
-				check(t, a.Reset())
+				must.Do(t, a.Reset())
 				if n, err := b.Read(make([]byte, 1)); !errors.Is(err, unix.ECONNRESET) {
 					t.Errorf("read %d bytes, %v, want ECONNRESET", n, err)
 				}

@@ -11,6 +11,7 @@ import (
 
 	"github.com/skipstack/skipstack/plugin/datapath"
 	"github.com/skipstack/skipstack/test/datapath/traffic"
+	"github.com/skipstack/skipstack/test/must"
 	"github.com/skipstack/skipstack/test/node"
 	"github.com/skipstack/skipstack/test/probe"
 )
@@ -46,7 +47,7 @@ func TestFunnelUnderLoss(t *testing.T) {
 			for i := range ends {
 				ends[i][0], ends[i][1] = client.pair(t, tl, traffic.SocketOptions{})
 				for _, end := range ends[i] {
-					check(t, end.Set(unix.TCP_NODELAY, 1))
+					must.Do(t, end.Set(unix.TCP_NODELAY, 1))
 				}
 			}
 			l.enrolled(datapath.Counters{}, uint64(len(ends)))
@@ -102,7 +103,7 @@ func TestFIONREAD(t *testing.T) {
 				want = tcp
 			}
 			wait(t, "FIONREAD says what it should", func() (string, bool) {
-				n := must(b.Unread())(t)
+				n := must.Get(b.Unread())(t)
 				return fmt.Sprintf("%d, want %d of %d redirected bytes and %d others", n, want, redirected, tcp), n == want
 			})
 		}
@@ -162,9 +163,9 @@ func TestPartlyOldSegment(t *testing.T) {
 				p.sysctl(t, "net/ipv4/tcp_early_retrans", "0")
 			}
 			a, b := client.pair(t, server.listen(t, server.at(false, 0), traffic.SocketOptions{}), traffic.SocketOptions{})
-			check(t, a.Set(unix.TCP_NODELAY, 1))
+			must.Do(t, a.Set(unix.TCP_NODELAY, 1))
 			if end.halfClosed {
-				check(t, b.CloseWrite())
+				must.Do(t, b.CloseWrite())
 				eof(t, a)
 			}
 			l.gate(false)
@@ -180,12 +181,12 @@ func TestPartlyOldSegment(t *testing.T) {
 				write(t, a, sent, second)
 			}
 			if end.fin {
-				check(t, a.CloseWrite())
+				must.Do(t, a.CloseWrite())
 			}
 			// On a busy machine what arrived may have been sent again before, alone.
-			had := must(a.Info())(t).Bytes_retrans
+			had := must.Get(a.Info())(t).Bytes_retrans
 			wait(t, "both are sent again as one", func() (string, bool) {
-				info := must(a.Info())(t)
+				info := must.Get(a.Info())(t)
 				return fmt.Sprintf("%+v", info), info.Bytes_retrans >= had+uint64(600+second)
 			})
 			deaf()

@@ -15,6 +15,7 @@ import (
 	"github.com/skipstack/skipstack/bpf"
 	"github.com/skipstack/skipstack/plugin/datapath"
 	"github.com/skipstack/skipstack/test/datapath/traffic"
+	"github.com/skipstack/skipstack/test/must"
 	"github.com/skipstack/skipstack/test/node"
 )
 
@@ -117,16 +118,16 @@ func TestGates(t *testing.T) {
 		set := func(p *pod, change func(*datapath.PodSettings)) func() {
 			return func() {
 				settings, _, err := l.set.Pod(p.id)
-				check(t, err)
+				must.Do(t, err)
 				change(&settings)
-				check(t, l.set.SetPod(p.id, settings))
+				must.Do(t, l.set.SetPod(p.id, settings))
 			}
 		}
 		risks := func(r datapath.Risk) func() {
 			return func() {
-				n := must(l.set.Node())(t)
+				n := must.Get(l.set.Node())(t)
 				n.Risks = r
-				check(t, l.set.SetNode(n))
+				must.Do(t, l.set.SetNode(n))
 			}
 		}
 		f := l.flow(client, server)
@@ -195,13 +196,13 @@ func TestGatesUnderChurn(t *testing.T) {
 		for left := connections; left > 0; {
 			select {
 			case err := <-ended:
-				check(t, err)
+				must.Do(t, err)
 				left--
 			case <-time.After(time.Duration(rand.IntN(3000)) * time.Microsecond):
 				settings := enabled
 				settings.SwitchedOff = rand.IntN(4) == 0
 				settings.UnreadLimit = 1 << (10 + rand.IntN(14))
-				check(t, l.set.SetPod([]*pod{client, server}[rand.IntN(2)].id, settings))
+				must.Do(t, l.set.SetPod([]*pod{client, server}[rand.IntN(2)].id, settings))
 				l.gate(rand.IntN(4) != 0)
 			}
 		}
@@ -215,7 +216,7 @@ func TestGatesUnderChurn(t *testing.T) {
 // linksIn lists the pins of links in a directory of the published datapath.
 func (l *lab) linksIn(dir string) []string {
 	l.t.Helper()
-	return must(filepath.Glob(filepath.Join(l.node.BPFFS, "skipstack/*", dir, "*")))(l.t)
+	return must.Get(filepath.Glob(filepath.Join(l.node.BPFFS, "skipstack/*", dir, "*")))(l.t)
 }
 
 // expectLinks fails the test unless there are so many links of pods, and of pods
@@ -236,33 +237,33 @@ func TestDropPod(t *testing.T) {
 		f := l.flow(client, server)
 		f.redirects()
 		for _, p := range []*pod{client, server} {
-			check(t, datapath.DropPod(l.node.BPFFS, p.id))
+			must.Do(t, datapath.DropPod(l.node.BPFFS, p.id))
 			l.expectLinks(1, 1)
 			f.plain()
 			// A link that sockets still need stays.
-			check(t, datapath.Sweep(l.node.BPFFS, 0))
+			must.Do(t, datapath.Sweep(l.node.BPFFS, 0))
 			l.expectLinks(1, 1)
 
-			if created := must(l.set.Attach(p.cgroup, p.id))(t); created {
+			if created := must.Get(l.set.Attach(p.cgroup, p.id))(t); created {
 				t.Error("a second link was made beside the parked one")
 			}
-			check(t, l.set.SetPod(p.id, enabled))
+			must.Do(t, l.set.SetPod(p.id, enabled))
 			l.expectLinks(2, 0)
 			f.redirects()
 		}
 		for _, p := range []*pod{client, server} {
-			check(t, datapath.DropPod(l.node.BPFFS, p.id))
+			must.Do(t, datapath.DropPod(l.node.BPFFS, p.id))
 		}
 		l.expectLinks(0, 2)
 		f.plain()
-		if n := must(l.set.Live())(t); n != 2*flowConnections {
+		if n := must.Get(l.set.Live())(t); n != 2*flowConnections {
 			t.Errorf("%d live sockets, want %d", n, 2*flowConnections)
 		}
 		f.stop()
 		l.waitEmpty()
-		check(t, datapath.Sweep(l.node.BPFFS, 0))
+		must.Do(t, datapath.Sweep(l.node.BPFFS, 0))
 		l.expectLinks(0, 0)
-		if pods := must(l.set.PodCounters())(t); len(pods) != 0 {
+		if pods := must.Get(l.set.PodCounters())(t); len(pods) != 0 {
 			t.Errorf("counters are left: %v", pods)
 		}
 		l.expectNothingKept()
@@ -274,7 +275,7 @@ func TestDropPod(t *testing.T) {
 func (l *lab) expectNothingKept() {
 	l.t.Helper()
 	for _, name := range []string{"connections", "funnel_next", "pods"} {
-		m := must(ebpf.LoadPinnedMap(l.pin(name), nil))(l.t)
+		m := must.Get(ebpf.LoadPinnedMap(l.pin(name), nil))(l.t)
 		defer m.Close()
 		n := 0
 		var key, value []byte
@@ -302,16 +303,16 @@ func TestNothingIsKept(t *testing.T) {
 		tl := server.listen(t, server.at(false, 0), traffic.SocketOptions{})
 		out := plain.listen(t, plain.at(false, 0), traffic.SocketOptions{})
 		ends := map[string]func(a, b *traffic.Conn){
-			"close":         func(a, b *traffic.Conn) { check(t, errors.Join(a.Close(), b.Close())) },
-			"server closes": func(a, b *traffic.Conn) { check(t, errors.Join(b.Close(), a.Close())) },
-			"reset":         func(a, b *traffic.Conn) { check(t, errors.Join(a.Reset(), b.Close())) },
-			"server resets": func(a, b *traffic.Conn) { check(t, errors.Join(b.Reset(), a.Close())) },
+			"close":         func(a, b *traffic.Conn) { must.Do(t, errors.Join(a.Close(), b.Close())) },
+			"server closes": func(a, b *traffic.Conn) { must.Do(t, errors.Join(b.Close(), a.Close())) },
+			"reset":         func(a, b *traffic.Conn) { must.Do(t, errors.Join(a.Reset(), b.Close())) },
+			"server resets": func(a, b *traffic.Conn) { must.Do(t, errors.Join(b.Reset(), a.Close())) },
 			"half-close": func(a, b *traffic.Conn) {
-				check(t, a.CloseWrite())
+				must.Do(t, a.CloseWrite())
 				if _, err := b.Write([]byte{1}); err != nil {
 					t.Error(err)
 				}
-				check(t, errors.Join(b.Close(), a.Close()))
+				must.Do(t, errors.Join(b.Close(), a.Close()))
 			},
 		}
 		for _, end := range ends {
@@ -331,7 +332,7 @@ func TestNothingIsKept(t *testing.T) {
 							}
 						}
 						if !accepted {
-							b = must(tl.Accept())(t)
+							b = must.Get(tl.Accept())(t)
 						}
 						end(a, b)
 						l.gate(true)
@@ -350,7 +351,7 @@ func TestNothingIsKept(t *testing.T) {
 		}
 		l.waitEmpty()
 		for _, p := range []*pod{client, server} {
-			check(t, datapath.DropPod(l.node.BPFFS, p.id))
+			must.Do(t, datapath.DropPod(l.node.BPFFS, p.id))
 		}
 		l.expectLinks(0, 0)
 		l.expectNothingKept()
@@ -368,31 +369,31 @@ func TestUnload(t *testing.T) {
 			t.Fatalf("unload with pods attached: %v", err)
 		}
 		f.redirects()
-		left := must(datapath.Unload(t.Context(), l.node.BPFFS, true))(t)
+		left := must.Get(datapath.Unload(t.Context(), l.node.BPFFS, true))(t)
 		if left.Sockets != 2*flowConnections {
 			t.Errorf("%d sockets left, want %d", left.Sockets, 2*flowConnections)
 		}
 		l.expectLinks(0, 2)
 		f.plain()
 
-		check(t, l.set.Close())
-		l.set = must(datapath.Load(t.Context(), l.node.BPFFS, datapath.LoadOptions{}))(t)
+		must.Do(t, l.set.Close())
+		l.set = must.Get(datapath.Load(t.Context(), l.node.BPFFS, datapath.LoadOptions{}))(t)
 		f.plain()
 		for _, p := range []*pod{client, server} {
-			must(l.set.Attach(p.cgroup, p.id))(t)
-			check(t, l.set.SetPod(p.id, enabled))
+			must.Get(l.set.Attach(p.cgroup, p.id))(t)
+			must.Do(t, l.set.SetPod(p.id, enabled))
 		}
 		l.gate(true)
 		f.redirects()
 
-		left = must(datapath.Unload(t.Context(), l.node.BPFFS, true))(t)
+		left = must.Get(datapath.Unload(t.Context(), l.node.BPFFS, true))(t)
 		if left.Sockets != 2*flowConnections {
 			t.Errorf("%d sockets left, want %d", left.Sockets, 2*flowConnections)
 		}
 		f.plain()
 		f.stop()
 		l.waitEmpty()
-		left = must(datapath.Unload(t.Context(), l.node.BPFFS, false))(t)
+		left = must.Get(datapath.Unload(t.Context(), l.node.BPFFS, false))(t)
 		if _, err := os.Stat(filepath.Join(l.node.BPFFS, "skipstack")); left.Sockets != 0 || !errors.Is(err, os.ErrNotExist) {
 			t.Errorf("after the last socket: %+v, %v", left, err)
 		}
@@ -408,7 +409,7 @@ func TestUpgrade(t *testing.T) {
 		f := l.flow(client, server)
 		f.redirects()
 		tl := server.listen(t, server.at(false, 0), traffic.SocketOptions{})
-		ctl := must(ebpf.LoadPinnedMap(l.pin("skipstack_ctl"), nil))(t)
+		ctl := must.Get(ebpf.LoadPinnedMap(l.pin("skipstack_ctl"), nil))(t)
 		defer ctl.Close()
 		stop, churned := make(chan struct{}), make(chan error, 1)
 		go func() {
@@ -430,15 +431,15 @@ func TestUpgrade(t *testing.T) {
 		}()
 		for range 3 {
 			var settings bpf.DatapathControl
-			check(t, ctl.Lookup(uint32(0), &settings))
+			must.Do(t, ctl.Lookup(uint32(0), &settings))
 			settings.Build[0]++ // what is published comes from another build
-			check(t, ctl.Put(uint32(0), settings))
+			must.Do(t, ctl.Put(uint32(0), settings))
 			fresh, changed, err := datapath.Upgrade(t.Context(), l.node.BPFFS, datapath.LoadOptions{})
-			check(t, err)
-			if build := must(fresh.Build())(t); !changed || build != bpf.Build() {
+			must.Do(t, err)
+			if build := must.Get(fresh.Build())(t); !changed || build != bpf.Build() {
 				t.Errorf("upgraded: %v, build %x", changed, build)
 			}
-			check(t, l.set.Close())
+			must.Do(t, l.set.Close())
 			l.set = fresh
 			f.redirects() // the old connections
 			before := l.counters()
@@ -450,7 +451,7 @@ func TestUpgrade(t *testing.T) {
 			t.Errorf("upgraded to the same build: %v, %v", changed, err)
 		}
 		close(stop)
-		check(t, <-churned)
+		must.Do(t, <-churned)
 		// The switch reaches old and new programs alike.
 		l.gate(false)
 		f.plain()
@@ -469,13 +470,13 @@ func TestNestedCgroups(t *testing.T) {
 		for _, p := range []*pod{client, server} {
 			inner, id := openCgroup(t, p.ContainerCgroup)
 			defer inner.Close()
-			must(l.set.Attach(inner, id))(t)
-			check(t, l.set.SetPod(id, enabled))
+			must.Get(l.set.Attach(inner, id))(t)
+			must.Do(t, l.set.SetPod(id, enabled))
 		}
 		f := l.flow(client, server)
 		f.redirects()
 		l.enrolled(datapath.Counters{}, flowConnections)
-		if n := must(l.set.Live())(t); n != 2*flowConnections {
+		if n := must.Get(l.set.Live())(t); n != 2*flowConnections {
 			t.Errorf("%d live sockets, want %d", n, 2*flowConnections)
 		}
 		l.gate(false)
@@ -484,7 +485,7 @@ func TestNestedCgroups(t *testing.T) {
 		l.waitEmpty()
 		l.expectConnections(datapath.Counters{}, map[string]uint64{"enrolled": flowConnections})
 		var enrolled uint64
-		for _, p := range must(l.set.PodCounters())(t) {
+		for _, p := range must.Get(l.set.PodCounters())(t) {
 			enrolled += p.Enrolled
 		}
 		if enrolled != 2*flowConnections {
@@ -502,13 +503,13 @@ func TestSwitchWithoutPins(t *testing.T) {
 		f := l.flow(client, server)
 		f.redirects()
 		own := mapID(t, l.pin("skipstack_switch"))
-		check(t, l.set.Close())
-		check(t, unix.Unmount(l.node.BPFFS, 0))
-		l.set = must(datapath.LoadPrivate(datapath.LoadOptions{MaxConnections: 1}))(t) // to close at the end
+		must.Do(t, l.set.Close())
+		must.Do(t, unix.Unmount(l.node.BPFFS, 0))
+		l.set = must.Get(datapath.LoadPrivate(datapath.LoadOptions{MaxConnections: 1}))(t) // to close at the end
 
 		byTCP := func() (n uint64) {
 			for _, p := range f.pairs {
-				n += must(p[0].Info())(t).Bytes_sent + must(p[1].Info())(t).Bytes_sent
+				n += must.Get(p[0].Info())(t).Bytes_sent + must.Get(p[1].Info())(t).Bytes_sent
 			}
 			return n
 		}
@@ -519,7 +520,7 @@ func TestSwitchWithoutPins(t *testing.T) {
 		}
 		restore := node.OtherSwitches(own)
 		sets, err := datapath.SwitchNode(l.node.BPFFS, true)
-		check(t, restore())
+		must.Do(t, restore())
 		if err != nil || sets < 1 {
 			t.Fatalf("switched %d sets off: %v", sets, err)
 		}
@@ -540,13 +541,13 @@ func TestSwitchNode(t *testing.T) {
 	f := l.flow(client, server)
 	f.redirects()
 	restore := node.OtherSwitches(mapID(t, l.pin("skipstack_switch")))
-	must(datapath.SwitchNode(l.node.BPFFS, true))(t)
-	check(t, restore())
+	must.Get(datapath.SwitchNode(l.node.BPFFS, true))(t)
+	must.Do(t, restore())
 	f.plain()
-	if n := must(l.set.Node())(t); !n.SwitchedOff {
+	if n := must.Get(l.set.Node())(t); !n.SwitchedOff {
 		t.Errorf("the node is not switched off: %+v", n)
 	}
-	if sets := must(datapath.SwitchNode(l.node.BPFFS, false))(t); sets != 1 {
+	if sets := must.Get(datapath.SwitchNode(l.node.BPFFS, false))(t); sets != 1 {
 		t.Errorf("%d sets switched on, want 1", sets)
 	}
 	f.redirects()
@@ -555,9 +556,9 @@ func TestSwitchNode(t *testing.T) {
 
 func mapID(t *testing.T, pin string) ebpf.MapID {
 	t.Helper()
-	m := must(ebpf.LoadPinnedMap(pin, nil))(t)
+	m := must.Get(ebpf.LoadPinnedMap(pin, nil))(t)
 	defer m.Close()
-	id, ok := must(m.Info())(t).ID()
+	id, ok := must.Get(m.Info())(t).ID()
 	if !ok {
 		t.Fatal("the kernel does not tell a map's id")
 	}

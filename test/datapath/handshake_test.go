@@ -12,6 +12,7 @@ import (
 
 	"github.com/skipstack/skipstack/plugin/datapath"
 	"github.com/skipstack/skipstack/test/datapath/traffic"
+	"github.com/skipstack/skipstack/test/must"
 	"github.com/skipstack/skipstack/test/node"
 )
 
@@ -27,7 +28,7 @@ func exchange(t *testing.T, a, b *traffic.Conn) {
 	plan := traffic.Plan{Bytes: 300_000, MaxWrite: 50_000}
 	ab, ba := plan, plan
 	ab.Seed, ba.Seed = 1, 2
-	check(t, traffic.Exchange(a, b, ab, ba))
+	must.Do(t, traffic.Exchange(a, b, ab, ba))
 }
 
 // expectConnections fails the test unless exactly these outcomes of connections
@@ -82,16 +83,16 @@ func TestClientSendsFirst(t *testing.T) {
 					var sent, got *traffic.Stream
 					client.punctually(t, func() {
 						sent, got = traffic.NewStream(1), traffic.NewStream(1)
-						a = must(client.host.Dial(tl.Addr, c.client))(t)
+						a = must.Get(client.host.Dial(tl.Addr, c.client))(t)
 						write(t, a, sent, 1000)
-						b = must(tl.Accept())(t)
-					}, func() { check(t, errors.Join(a.Close(), b.Close())) })
+						b = must.Get(tl.Accept())(t)
+					}, func() { must.Do(t, errors.Join(a.Close(), b.Close())) })
 					read(t, b, got, 1000)
 					write(t, a, sent, 1000)
 					write(t, b, sent, 1000)
 					read(t, b, got, 1000)
 					read(t, a, got, 1000)
-					check(t, errors.Join(a.Close(), b.Close()))
+					must.Do(t, errors.Join(a.Close(), b.Close()))
 				}
 				l.expectPlain(before)
 				l.expect(before, "lost_race", connections)
@@ -121,7 +122,7 @@ func TestServerSendsFirst(t *testing.T) {
 			read(t, b, got, 1000)
 			l.expect(before, "redirected", 4)
 			l.enrolled(before, 1)
-			check(t, errors.Join(a.Close(), b.Close()))
+			must.Do(t, errors.Join(a.Close(), b.Close()))
 		}
 	})
 }
@@ -144,21 +145,21 @@ func TestFastOpen(t *testing.T) {
 			open func(t *testing.T, sent *traffic.Stream) *traffic.Conn
 		}{
 			{"sendto", func(t *testing.T, sent *traffic.Stream) *traffic.Conn {
-				fd := must(client.host.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_NONBLOCK, 0))(t)
+				fd := must.Get(client.host.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_NONBLOCK, 0))(t)
 				a := traffic.NewConn(fd)
 				first := make([]byte, 1000)
 				sent.Next(first)
 				err := unix.Sendto(fd, first, unix.MSG_FASTOPEN, to)
 				if errors.Is(err, unix.EINPROGRESS) { // no cookie yet: nothing was sent
-					check(t, a.Connected())
+					must.Do(t, a.Connected())
 					_, err = a.Write(first)
 				}
-				check(t, err)
+				must.Do(t, err)
 				return a
 			}},
 			{"TCP_FASTOPEN_CONNECT", func(t *testing.T, sent *traffic.Stream) *traffic.Conn {
-				a := must(client.host.Connect(tl.Addr, traffic.SocketOptions{Setup: tcpOption(unix.TCP_FASTOPEN_CONNECT, 1)}))(t)
-				check(t, a.Connected())
+				a := must.Get(client.host.Connect(tl.Addr, traffic.SocketOptions{Setup: tcpOption(unix.TCP_FASTOPEN_CONNECT, 1)}))(t)
+				must.Do(t, a.Connected())
 				write(t, a, sent, 1000)
 				return a
 			}},
@@ -169,12 +170,12 @@ func TestFastOpen(t *testing.T) {
 					sent, got := traffic.NewStream(1), traffic.NewStream(1)
 					a := c.open(t, sent)
 					t.Cleanup(func() { a.Close() })
-					b := must(tl.Accept())(t)
+					b := must.Get(tl.Accept())(t)
 					t.Cleanup(func() { b.Close() })
 					read(t, b, got, 1000)
 					write(t, b, sent, 1000)
 					read(t, a, got, 1000)
-					if must(a.Info())(t).Options&synData != 0 {
+					if must.Get(a.Info())(t).Options&synData != 0 {
 						withData++
 					}
 					exchange(t, a, b)
@@ -219,7 +220,7 @@ func TestMPTCP(t *testing.T) {
 				a, b := client.pair(t, tl, traffic.SocketOptions{MPTCP: c.client})
 				echo(t, a, b)
 				exchange(t, a, b)
-				check(t, errors.Join(a.Close(), b.Close()))
+				must.Do(t, errors.Join(a.Close(), b.Close()))
 			}
 			l.expectConnections(datapath.Counters{}, map[string]uint64{c.want: connections})
 			if c.want == "enrolled" {
@@ -237,7 +238,7 @@ func TestSelfConnect(t *testing.T) {
 		l := newLab(t, s, datapath.LoadOptions{})
 		p := l.pod("pod", enabled)
 		for _, addr := range []netip.AddrPort{p.at(false, 4000), netip.MustParseAddrPort("127.0.0.1:4000")} {
-			a := must(p.host.Dial(addr, traffic.SocketOptions{From: addr}))(t)
+			a := must.Get(p.host.Dial(addr, traffic.SocketOptions{From: addr}))(t)
 			if a.Local() != a.Remote() {
 				t.Fatalf("%s is connected to %s", a.Local(), a.Remote())
 			}
@@ -246,7 +247,7 @@ func TestSelfConnect(t *testing.T) {
 				write(t, a, sent, 10_000)
 				read(t, a, got, 10_000)
 			}
-			check(t, a.Close())
+			must.Do(t, a.Close())
 		}
 		l.expectPlain(datapath.Counters{})
 		l.enrolled(datapath.Counters{}, 0)
@@ -261,14 +262,14 @@ func TestSimultaneousOpen(t *testing.T) {
 		// The first SYN of each is lost, so that both are sent again and cross.
 		const syn = 2
 		stop := []func(){p.dropFlags(t, syn), q.dropFlags(t, syn)}
-		a := must(p.host.Connect(q.at(false, 5000), traffic.SocketOptions{From: p.at(false, 5000)}))(t)
+		a := must.Get(p.host.Connect(q.at(false, 5000), traffic.SocketOptions{From: p.at(false, 5000)}))(t)
 		defer a.Close()
-		b := must(q.host.Connect(p.at(false, 5000), traffic.SocketOptions{From: q.at(false, 5000)}))(t)
+		b := must.Get(q.host.Connect(p.at(false, 5000), traffic.SocketOptions{From: q.at(false, 5000)}))(t)
 		defer b.Close()
 		for _, f := range stop {
 			f()
 		}
-		check(t, errors.Join(a.Connected(), b.Connected()))
+		must.Do(t, errors.Join(a.Connected(), b.Connected()))
 		if a.Local() != b.Remote() || b.Local() != a.Remote() {
 			t.Fatalf("%s - %s and %s - %s", a.Local(), a.Remote(), b.Local(), b.Remote())
 		}
@@ -285,7 +286,7 @@ func TestOutsiders(t *testing.T) {
 	modes(t, func(t *testing.T, s datapath.NodeSettings) {
 		l := newLab(t, s, datapath.LoadOptions{})
 		other := newLabAt(t, s, "10.89.0.0/16", "fd00:89::/64")
-		check(t, node.Connect(l.node, other.node,
+		must.Do(t, node.Connect(l.node, other.node,
 			prefixes("10.88.0.0/16", "fd00:88::/64"), prefixes("10.89.0.0/16", "fd00:89::/64")))
 		inside, plain := l.pod("inside", enabled), l.plainPod("plain")
 		far := other.pod("far", enabled)
@@ -309,15 +310,15 @@ func TestOutsiders(t *testing.T) {
 						a, b := c.client.pair(t, tl, traffic.SocketOptions{})
 						echo(t, a, b)
 						for _, lab := range []*lab{l, other} {
-							if n := must(lab.set.Enrolled())(t); n != 0 {
+							if n := must.Get(lab.set.Enrolled())(t); n != 0 {
 								t.Errorf("%d sockets in the sockhash", n)
 							}
-							if n := must(lab.set.Live())(t); n != 0 {
+							if n := must.Get(lab.set.Live())(t); n != 0 {
 								t.Errorf("%d live sockets", n)
 							}
 						}
 						exchange(t, a, b)
-						check(t, errors.Join(a.Close(), b.Close()))
+						must.Do(t, errors.Join(a.Close(), b.Close()))
 					}
 					c.at.expectConnections(before, map[string]uint64{c.want: connections})
 					// No program at all looks at their messages.
@@ -371,7 +372,7 @@ func TestSameTupleInTwoPods(t *testing.T) {
 			}()
 		}
 		for range pods {
-			check(t, <-errs)
+			must.Do(t, <-errs)
 		}
 		c := l.counters()
 		late := c.Connections["late_claim"]
@@ -503,7 +504,7 @@ func TestExcludedPorts(t *testing.T) {
 			_, err := l.node.AddService(node.ServiceOptions{
 				IP: netip.MustParseAddr("10.96.0.1"), Port: port, Backend: tl.Addr.Addr(), BackendPort: tl.Addr.Port(), Masquerade: true,
 			})
-			check(t, err)
+			must.Do(t, err)
 		}
 		for port, want := range map[uint16]string{80: "enrolled", 8000: "excluded_port"} {
 			before := l.counters()
@@ -532,12 +533,12 @@ func TestMaxConnections(t *testing.T) {
 				exchange(t, c, d)
 				l.expectConnections(before, map[string]uint64{"map_full": 1})
 				l.expectPlain(before)
-				check(t, errors.Join(c.Close(), d.Close()))
+				must.Do(t, errors.Join(c.Close(), d.Close()))
 			}
 			before = l.counters()
 			exchange(t, a, b)
 			l.expectRedirected(before)
-			check(t, errors.Join(a.Close(), b.Close()))
+			must.Do(t, errors.Join(a.Close(), b.Close()))
 			l.waitEmpty()
 		}
 	})
@@ -575,12 +576,12 @@ func TestLateAcknowledgement(t *testing.T) {
 		const synAck = 2 | 16
 		tl := server.listen(t, server.at(false, 0), traffic.SocketOptions{})
 		stop := client.dropFlags(t, synAck)
-		a := must(client.host.Connect(tl.Addr, traffic.SocketOptions{}))(t)
+		a := must.Get(client.host.Connect(tl.Addr, traffic.SocketOptions{}))(t)
 		defer a.Close()
 		l.wait("the SYN is recorded", func() (string, bool) { return "", l.counters().Events["syn_recorded"] == 1 })
 		stop()
-		check(t, a.Connected())
-		b := must(tl.Accept())(t)
+		must.Do(t, a.Connected())
+		b := must.Get(tl.Accept())(t)
 		defer b.Close()
 		echo(t, a, b)
 		exchange(t, a, b)

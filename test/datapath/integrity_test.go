@@ -11,6 +11,7 @@ import (
 
 	"github.com/skipstack/skipstack/plugin/datapath"
 	"github.com/skipstack/skipstack/test/datapath/traffic"
+	"github.com/skipstack/skipstack/test/must"
 	"github.com/skipstack/skipstack/test/node"
 )
 
@@ -34,17 +35,17 @@ func routes(t *testing.T, l *lab, client, server *pod) []route {
 	service := func(ip string) func(*traffic.Listener) netip.AddrPort {
 		addr := netip.MustParseAddr(ip)
 		return func(tl *traffic.Listener) netip.AddrPort {
-			s := must(l.node.AddService(node.ServiceOptions{
+			s := must.Get(l.node.AddService(node.ServiceOptions{
 				IP: addr, Port: 80, Backend: server.at(addr.Is6(), 0).Addr(), BackendPort: tl.Addr.Port(), Masquerade: true,
 			}))(t)
-			t.Cleanup(func() { check(t, s.Close()) })
+			t.Cleanup(func() { must.Do(t, s.Close()) })
 			return netip.AddrPortFrom(addr, 80)
 		}
 	}
 	sidecar := func(p *pod, outbound bool, from uint16) func(*traffic.Listener) netip.AddrPort {
 		return func(tl *traffic.Listener) netip.AddrPort {
-			s := must(p.Redirect(false, outbound, from, tl.Addr.Port()))(t)
-			t.Cleanup(func() { check(t, s.Close()) })
+			s := must.Get(p.Redirect(false, outbound, from, tl.Addr.Port()))(t)
+			t.Cleanup(func() { must.Do(t, s.Close()) })
 			return server.at(false, from)
 		}
 	}
@@ -92,7 +93,7 @@ func TestRandomWrites(t *testing.T) {
 func randomWrites(t *testing.T, l *lab, r route, most traffic.Plan, connected func()) {
 	const connections = 200
 	before := l.counters()
-	tl := must(r.server.host.Listen(r.listen, r.lo))(t)
+	tl := must.Get(r.server.host.Listen(r.listen, r.lo))(t)
 	defer tl.Close()
 	by := r.by(tl)
 	var ends [connections][2]*traffic.Conn

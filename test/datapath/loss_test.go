@@ -7,6 +7,8 @@ import (
 	"github.com/google/nftables/binaryutil"
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
+
+	"github.com/skipstack/skipstack/test/must"
 )
 
 // drop makes the pod lose the given share of the TCP segments that arrive at it,
@@ -40,10 +42,10 @@ func (p *pod) dropFlags(t *testing.T, flags byte) (stop func()) {
 // filter drops TCP segments that arrive at the pod, over any interface, and match.
 func (p *pod) filter(t *testing.T, match ...expr.Any) (stop func()) {
 	t.Helper()
-	rules := must(p.DropTCP(match...))(t)
+	rules := must.Get(p.DropTCP(match...))(t)
 	stop = func() {
 		t.Helper()
-		check(t, rules.Close())
+		must.Do(t, rules.Close())
 	}
 	t.Cleanup(stop)
 	return stop
@@ -53,5 +55,5 @@ func (p *pod) filter(t *testing.T, match ...expr.Any) (stop func()) {
 // milliseconds, so that tests with loss do not take minutes.
 func (p *pod) fastRecovery(t *testing.T) {
 	t.Helper()
-	check(t, p.SetMinRTO(5*time.Millisecond))
+	must.Do(t, p.SetMinRTO(5*time.Millisecond))
 }

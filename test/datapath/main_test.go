@@ -14,6 +14,7 @@ import (
 
 	"github.com/skipstack/skipstack/plugin/datapath"
 	"github.com/skipstack/skipstack/test/datapath/traffic"
+	"github.com/skipstack/skipstack/test/must"
 	"github.com/skipstack/skipstack/test/node"
 	"github.com/skipstack/skipstack/test/probe"
 )
@@ -62,7 +63,7 @@ func newLab(t *testing.T, settings datapath.NodeSettings, o datapath.LoadOptions
 	if o.MaxConnections == 0 {
 		o.MaxConnections = maxConnections
 	}
-	l.set = must(datapath.LoadPrivate(o))(t)
+	l.set = must.Get(datapath.LoadPrivate(o))(t)
 	l.open(settings)
 	return l
 }
@@ -71,7 +72,7 @@ func newLab(t *testing.T, settings datapath.NodeSettings, o datapath.LoadOptions
 func newLabAt(t *testing.T, settings datapath.NodeSettings, subnets ...string) *lab {
 	t.Helper()
 	l := emptyLab(t, subnets...)
-	l.set = must(datapath.LoadPrivate(datapath.LoadOptions{MaxConnections: maxConnections}))(t)
+	l.set = must.Get(datapath.LoadPrivate(datapath.LoadOptions{MaxConnections: maxConnections}))(t)
 	l.open(settings)
 	return l
 }
@@ -80,7 +81,7 @@ func newLabAt(t *testing.T, settings datapath.NodeSettings, subnets ...string) *
 func newPublishedLab(t *testing.T, settings datapath.NodeSettings) *lab {
 	t.Helper()
 	l := emptyLab(t)
-	l.set = must(datapath.Load(t.Context(), l.node.BPFFS, datapath.LoadOptions{MaxConnections: maxConnections}))(t)
+	l.set = must.Get(datapath.Load(t.Context(), l.node.BPFFS, datapath.LoadOptions{MaxConnections: maxConnections}))(t)
 	l.open(settings)
 	return l
 }
@@ -90,7 +91,7 @@ const maxConnections = 4096
 func emptyLab(t *testing.T, subnets ...string) *lab {
 	t.Helper()
 	n := node.ForTest(t, node.Options{})
-	return &lab{t: t, node: n, list: must(n.Network(node.Network{Subnets: prefixes(subnets...)}))(t)}
+	return &lab{t: t, node: n, list: must.Get(n.Network(node.Network{Subnets: prefixes(subnets...)}))(t)}
 }
 
 // open opens the node's gate.
@@ -98,21 +99,21 @@ func (l *lab) open(settings datapath.NodeSettings) {
 	l.t.Helper()
 	l.t.Cleanup(l.close)
 	settings.Open = true
-	check(l.t, l.set.SetNode(settings))
+	must.Do(l.t, l.set.SetNode(settings))
 }
 
 func (l *lab) close() {
 	for _, p := range l.pods {
-		check(l.t, p.host.Close())
+		must.Do(l.t, p.host.Close())
 	}
 	if !l.t.Failed() {
 		l.waitEmpty()
 	}
-	check(l.t, l.set.Close())
+	must.Do(l.t, l.set.Close())
 	for _, p := range l.pods {
-		check(l.t, p.cgroup.Close())
+		must.Do(l.t, p.cgroup.Close())
 	}
-	left := must(datapath.Unload(context.Background(), l.node.BPFFS, true))(l.t)
+	left := must.Get(datapath.Unload(context.Background(), l.node.BPFFS, true))(l.t)
 	if left.Sockets != 0 && !l.t.Failed() {
 		l.t.Errorf("unload says that %d sockets are still enrolled", left.Sockets)
 	}
@@ -122,8 +123,8 @@ func (l *lab) close() {
 func (l *lab) waitEmpty() {
 	l.t.Helper()
 	l.wait("enrolled sockets are gone", func() (string, bool) {
-		live := must(l.set.Live())(l.t)
-		members := must(l.set.Enrolled())(l.t)
+		live := must.Get(l.set.Live())(l.t)
+		members := must.Get(l.set.Enrolled())(l.t)
 		return fmt.Sprintf("%d live, %d in the sockhash", live, members), live == 0 && members == 0
 	})
 }
@@ -140,28 +141,28 @@ func withLimit(bytes uint32) datapath.PodSettings {
 func (l *lab) pod(name string, s datapath.PodSettings) *pod {
 	l.t.Helper()
 	p := l.plainPod(name)
-	if created := must(l.set.Attach(p.cgroup, p.id))(l.t); !created {
+	if created := must.Get(l.set.Attach(p.cgroup, p.id))(l.t); !created {
 		l.t.Fatalf("pod %s was attached before", name)
 	}
-	check(l.t, l.set.SetPod(p.id, s))
+	must.Do(l.t, l.set.SetPod(p.id, s))
 	return p
 }
 
 // plainPod makes a pod that is not attached.
 func (l *lab) plainPod(name string) *pod {
 	l.t.Helper()
-	p := &pod{Pod: must(l.node.AddPod(l.t.Context(), name, l.list, node.PodOptions{}))(l.t), lab: l}
+	p := &pod{Pod: must.Get(l.node.AddPod(l.t.Context(), name, l.list, node.PodOptions{}))(l.t), lab: l}
 	p.cgroup, p.id = openCgroup(l.t, p.Cgroup)
-	p.host = must(traffic.NewHost(p.Pod, node.StartOptions{}))(l.t)
+	p.host = must.Get(traffic.NewHost(p.Pod, node.StartOptions{}))(l.t)
 	l.pods = append(l.pods, p)
 	return p
 }
 
 func openCgroup(t *testing.T, dir string) (*os.File, uint64) {
 	t.Helper()
-	f := must(os.Open(dir))(t)
+	f := must.Get(os.Open(dir))(t)
 	var st unix.Stat_t
-	check(t, unix.Fstat(int(f.Fd()), &st))
+	must.Do(t, unix.Fstat(int(f.Fd()), &st))
 	return f, st.Ino
 }
 
@@ -177,18 +178,18 @@ func (p *pod) at(ipv6 bool, port uint16) netip.AddrPort {
 // sysctl sets a sysctl of the pod's network namespace.
 func (p *pod) sysctl(t *testing.T, name, value string) {
 	t.Helper()
-	check(t, p.Do(func() error { return os.WriteFile("/proc/sys/"+name, []byte(value), 0) }))
+	must.Do(t, p.Do(func() error { return os.WriteFile("/proc/sys/"+name, []byte(value), 0) }))
 }
 
 func (l *lab) counters() datapath.Counters {
 	l.t.Helper()
-	return must(l.set.Counters())(l.t)
+	return must.Get(l.set.Counters())(l.t)
 }
 
 // listen listens in the pod until the test ends.
 func (p *pod) listen(t *testing.T, addr netip.AddrPort, o traffic.SocketOptions) *traffic.Listener {
 	t.Helper()
-	l := must(p.host.Listen(addr, o))(t)
+	l := must.Get(p.host.Listen(addr, o))(t)
 	t.Cleanup(func() { l.Close() })
 	return l
 }
@@ -206,9 +207,9 @@ func (p *pod) pairBy(t *testing.T, l *traffic.Listener, by netip.AddrPort, o tra
 	var err error
 	p.punctually(t, func() {
 		client, server, err = p.host.Pair(l, by, o)
-		check(t, err)
+		must.Do(t, err)
 	}, func() {
-		check(t, errors.Join(client.Close(), server.Close()))
+		must.Do(t, errors.Join(client.Close(), server.Close()))
 	})
 	t.Cleanup(func() { client.Close(); server.Close() })
 	deadline := time.Now().Add(time.Minute)
@@ -225,9 +226,9 @@ func (p *pod) pairBy(t *testing.T, l *traffic.Listener, by netip.AddrPort, o tra
 func (p *pod) dial(t *testing.T, l *traffic.Listener) (client *traffic.Conn) {
 	t.Helper()
 	p.punctually(t, func() {
-		client = must(p.host.Dial(l.Addr, traffic.SocketOptions{}))(t)
+		client = must.Get(p.host.Dial(l.Addr, traffic.SocketOptions{}))(t)
 	}, func() {
-		check(t, errors.Join(client.Close(), must(l.Accept())(t).Close()))
+		must.Do(t, errors.Join(client.Close(), must.Get(l.Accept())(t).Close()))
 	})
 	t.Cleanup(func() { client.Close() })
 	return client
@@ -265,24 +266,6 @@ func wait(t *testing.T, what string, condition func() (state string, ok bool)) {
 			t.Errorf("waited in vain until %s: %s", what, state)
 			return
 		}
-	}
-}
-
-// must returns v, or fails the test that is given afterwards: must(f())(t).
-func must[T any](v T, err error) func(*testing.T) T {
-	return func(t *testing.T) T {
-		t.Helper()
-		if err != nil {
-			t.Fatal(err)
-		}
-		return v
-	}
-}
-
-func check(t *testing.T, err error) {
-	t.Helper()
-	if err != nil {
-		t.Fatal(err)
 	}
 }
 

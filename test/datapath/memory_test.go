@@ -17,6 +17,7 @@ import (
 
 	"github.com/skipstack/skipstack/plugin/datapath"
 	"github.com/skipstack/skipstack/test/datapath/traffic"
+	"github.com/skipstack/skipstack/test/must"
 )
 
 // A memoryCgroup holds the process that makes a pod's sockets, and so the
@@ -34,11 +35,11 @@ const memoryV1 = "/sys/fs/cgroup/memory"
 func (p *pod) memory(t *testing.T) memoryCgroup {
 	t.Helper()
 	root := filepath.Dir(p.lab.node.CgroupRoot)
-	controllers := must(os.ReadFile(filepath.Join(root, "cgroup.controllers")))(t)
+	controllers := must.Get(os.ReadFile(filepath.Join(root, "cgroup.controllers")))(t)
 	if bytes.Contains(controllers, []byte("memory")) {
-		rel := must(filepath.Rel(root, p.Cgroup))(t)
+		rel := must.Get(filepath.Rel(root, p.Cgroup))(t)
 		for dir := root; ; {
-			check(t, os.WriteFile(filepath.Join(dir, "cgroup.subtree_control"), []byte("+memory"), 0))
+			must.Do(t, os.WriteFile(filepath.Join(dir, "cgroup.subtree_control"), []byte("+memory"), 0))
 			first, rest, more := strings.Cut(rel, "/")
 			if dir, rel = filepath.Join(dir, first), rest; !more {
 				return memoryCgroup{dir, "memory.max", "memory.current", "memory.events"}
@@ -49,13 +50,13 @@ func (p *pod) memory(t *testing.T) memoryCgroup {
 	if errors.Is(err, fs.ErrNotExist) {
 		t.Skip("needs a memory controller of cgroup v1 or v2")
 	}
-	check(t, err)
+	must.Do(t, err)
 	enter := func(dir string) {
-		check(t, os.WriteFile(filepath.Join(dir, "cgroup.procs"), []byte(strconv.Itoa(p.host.Pid())), 0))
+		must.Do(t, os.WriteFile(filepath.Join(dir, "cgroup.procs"), []byte(strconv.Itoa(p.host.Pid())), 0))
 	}
 	t.Cleanup(func() {
 		enter(memoryV1)
-		check(t, unix.Rmdir(dir))
+		must.Do(t, unix.Rmdir(dir))
 	})
 	m := memoryCgroup{dir, "memory.kmem.tcp.limit_in_bytes", "memory.kmem.tcp.usage_in_bytes", "memory.oom_control"}
 	m.setLimit(t, 1<<40) // accounting begins with the first limit
@@ -65,19 +66,19 @@ func (p *pod) memory(t *testing.T) memoryCgroup {
 
 func (m memoryCgroup) setLimit(t *testing.T, bytes int) {
 	t.Helper()
-	check(t, os.WriteFile(filepath.Join(m.dir, m.limit), []byte(strconv.Itoa(bytes)), 0))
+	must.Do(t, os.WriteFile(filepath.Join(m.dir, m.limit), []byte(strconv.Itoa(bytes)), 0))
 }
 
 func (m memoryCgroup) used(t *testing.T) int {
 	t.Helper()
-	text := must(os.ReadFile(filepath.Join(m.dir, m.usage)))(t)
-	return must(strconv.Atoi(strings.TrimSpace(string(text))))(t)
+	text := must.Get(os.ReadFile(filepath.Join(m.dir, m.usage)))(t)
+	return must.Get(strconv.Atoi(strings.TrimSpace(string(text))))(t)
 }
 
 // kills is how many processes the kernel has killed for the cgroup's sake.
 func (m memoryCgroup) kills(t *testing.T) string {
 	t.Helper()
-	for line := range strings.Lines(string(must(os.ReadFile(filepath.Join(m.dir, m.events)))(t))) {
+	for line := range strings.Lines(string(must.Get(os.ReadFile(filepath.Join(m.dir, m.events)))(t))) {
 		if n, ok := strings.CutPrefix(strings.TrimSpace(line), "oom_kill "); ok {
 			return n
 		}
@@ -141,11 +142,11 @@ func memoryLimit(t *testing.T, s datapath.NodeSettings, size int, full bool) {
 	cgroup.setLimit(t, 1<<40)
 	errs, deadline := make(chan error, connections), time.Now().Add(2*time.Minute)
 	for i, r := range receivers {
-		check(t, errors.Join(r.SetDeadline(deadline), fillers[i].Conn.SetDeadline(deadline)))
+		must.Do(t, errors.Join(r.SetDeadline(deadline), fillers[i].Conn.SetDeadline(deadline)))
 		go func() { errs <- r.Receive(traffic.Plan{Seed: uint64(i), Bytes: fillers[i].Total, Open: true}) }()
 	}
 	for range receivers {
-		check(t, <-errs)
+		must.Do(t, <-errs)
 	}
 	// With the memory free again, so is the way; of other processes' TCP, too.
 	l.wait("messages are redirected again", func() (string, bool) {

@@ -10,12 +10,13 @@ import (
 
 	"github.com/skipstack/skipstack/plugin/datapath"
 	"github.com/skipstack/skipstack/test/datapath/traffic"
+	"github.com/skipstack/skipstack/test/must"
 	"github.com/skipstack/skipstack/test/node"
 )
 
 func (l *lab) observe() datapath.Observation {
 	l.t.Helper()
-	return must(l.set.Observe())(l.t)
+	return must.Get(l.set.Observe())(l.t)
 }
 
 // sums adds up what pods have done.
@@ -60,8 +61,8 @@ func wantAgreement(t *testing.T, o datapath.Observation) {
 
 func carry(t *testing.T, from, to *traffic.Conn, size int) {
 	t.Helper()
-	must(from.Write(make([]byte, size)))(t)
-	must(io.ReadFull(to, make([]byte, size)))(t)
+	must.Get(from.Write(make([]byte, size)))(t)
+	must.Get(io.ReadFull(to, make([]byte, size)))(t)
 }
 
 // The listing shows what two sockets know themselves: addresses, bytes each way,
@@ -84,7 +85,7 @@ func TestObserve(t *testing.T) {
 		carry(t, client, server, 1000)
 		carry(t, client, server, 500)
 		carry(t, server, client, 70000)
-		must(server.Write(make([]byte, 1234)))(t)
+		must.Get(server.Write(make([]byte, 1234)))(t)
 		o = l.observe()
 		wantAgreement(t, o)
 		if len(o.Connections) != 1 {
@@ -118,7 +119,7 @@ func TestObserve(t *testing.T) {
 		if c.Client.Unread != 1234 || c.Server.Unread != 0 {
 			t.Errorf("unread: client %d, server %d, want 1234 and 0", c.Client.Unread, c.Server.Unread)
 		}
-		if o.Sockets.Entries != uint64(must(l.set.Enrolled())(t)) || o.Sockets.Max != 2*maxConnections || o.Attached.Entries != 2 {
+		if o.Sockets.Entries != uint64(must.Get(l.set.Enrolled())(t)) || o.Sockets.Max != 2*maxConnections || o.Attached.Entries != 2 {
 			t.Errorf("maps: %+v, %+v", o.Sockets, o.Attached)
 		}
 		if p := o.Pods[a.id]; p.Accelerated != 1 || p.Live != 1 || p.Enrolled != 1 {
@@ -127,7 +128,7 @@ func TestObserve(t *testing.T) {
 
 		off := enabled
 		off.SwitchedOff = true
-		check(t, l.set.SetPod(b.id, off))
+		must.Do(t, l.set.SetPod(b.id, off))
 		carry(t, client, server, 10)
 		o = l.observe()
 		wantAgreement(t, o)
@@ -136,8 +137,8 @@ func TestObserve(t *testing.T) {
 		}
 
 		before := sums(o)
-		check(t, client.Close())
-		check(t, server.Close())
+		must.Do(t, client.Close())
+		must.Do(t, server.Close())
 		l.waitEmpty()
 		o = l.observe()
 		wantAgreement(t, o)
@@ -159,7 +160,7 @@ func TestObserveFullReceiver(t *testing.T) {
 			t.Fatalf("the connection is plain: %+v", l.counters().Connections)
 		}
 		for range 6 {
-			must(client.Write(make([]byte, 16<<10)))(t)
+			must.Get(client.Write(make([]byte, 16<<10)))(t)
 		}
 		// What went by TCP takes a moment to arrive.
 		l.wait("all is there to be read", func() (string, bool) {
@@ -184,7 +185,7 @@ func TestObserveBehindNAT(t *testing.T) {
 	a, b := l.pod("a", enabled), l.pod("b", enabled)
 	listener := b.listen(t, b.at(false, 0), traffic.SocketOptions{})
 	service := netip.MustParseAddrPort("10.96.0.10:80")
-	must(l.node.AddService(node.ServiceOptions{
+	must.Get(l.node.AddService(node.ServiceOptions{
 		IP: service.Addr(), Port: service.Port(), Backend: listener.Addr.Addr(), BackendPort: listener.Addr.Port(), Masquerade: true,
 	}))(t)
 	client, server := a.pairBy(t, listener, service, traffic.SocketOptions{})
@@ -241,7 +242,7 @@ func TestObserveWhileConnectionsVanish(t *testing.T) {
 		}
 	}
 	wg.Wait()
-	check(t, failed)
+	must.Do(t, failed)
 	l.waitEmpty()
 	o := l.observe()
 	wantAgreement(t, o)

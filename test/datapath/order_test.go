@@ -9,15 +9,16 @@ import (
 
 	"github.com/skipstack/skipstack/plugin/datapath"
 	"github.com/skipstack/skipstack/test/datapath/traffic"
+	"github.com/skipstack/skipstack/test/must"
 )
 
 // gate opens or closes the node's gate: with it closed, enrolled connections
 // send by TCP.
 func (l *lab) gate(open bool) {
 	l.t.Helper()
-	n := must(l.set.Node())(l.t)
+	n := must.Get(l.set.Node())(l.t)
 	n.Open = open
-	check(l.t, l.set.SetNode(n))
+	must.Do(l.t, l.set.SetNode(n))
 }
 
 // expect fails the test unless exactly so many messages had the outcome since
@@ -90,7 +91,7 @@ func read(t *testing.T, c *traffic.Conn, s *traffic.Stream, n int) {
 func drained(t *testing.T, c *traffic.Conn) {
 	t.Helper()
 	wait(t, "all segments are acknowledged", func() (string, bool) {
-		n := must(unix.IoctlGetInt(c.FD, unix.TIOCOUTQ))(t)
+		n := must.Get(unix.IoctlGetInt(c.FD, unix.TIOCOUTQ))(t)
 		return fmt.Sprintf("%d bytes are not", n), n == 0
 	})
 }
@@ -142,7 +143,7 @@ func TestUnreadSegmentIsNotOvertaken(t *testing.T) {
 				a := client.dial(t, tl)
 				var b *traffic.Conn
 				accept := func() {
-					b = must(tl.Accept())(t)
+					b = must.Get(tl.Accept())(t)
 					t.Cleanup(func() { b.Close() })
 				}
 				if accepted {
@@ -210,7 +211,7 @@ func TestReadAheadOfAccept(t *testing.T) {
 		l.expect(before, "redirected", 4)
 		l.expect(before, "receiver_full", 1)
 		l.gate(false)
-		b := must(tl.Accept())(t)
+		b := must.Get(tl.Accept())(t)
 		defer b.Close()
 		read(t, b, got, 4*64<<10+10)
 		write(t, a, sent, 1000)

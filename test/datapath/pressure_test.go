@@ -15,6 +15,7 @@ import (
 
 	"github.com/skipstack/skipstack/plugin/datapath"
 	"github.com/skipstack/skipstack/test/datapath/traffic"
+	"github.com/skipstack/skipstack/test/must"
 	"github.com/skipstack/skipstack/test/node"
 )
 
@@ -119,13 +120,13 @@ func neverReads(t *testing.T, s datapath.NodeSettings, connections, size int, li
 	// All that was taken is delivered.
 	errs, deadline := make(chan error, connections), time.Now().Add(2*time.Minute)
 	for i, r := range receivers {
-		check(t, r.SetDeadline(deadline))
+		must.Do(t, r.SetDeadline(deadline))
 		go func() {
 			errs <- r.Receive(traffic.Plan{Seed: uint64(i), Bytes: fillers[i].Total, Open: true})
 		}()
 	}
 	for range receivers {
-		check(t, <-errs)
+		must.Do(t, <-errs)
 	}
 	for _, r := range receivers {
 		nothing(t, r)
@@ -148,18 +149,18 @@ func fill(t *testing.T, fillers []traffic.Filler, size, messages int) {
 			halves <- errors.Join(errs...)
 		}()
 	}
-	check(t, errors.Join(<-halves, <-halves))
+	must.Do(t, errors.Join(<-halves, <-halves))
 	const quiet = 200 * time.Millisecond
 	last := time.Now()
 	wait(t, "the writers are stopped", func() (string, bool) {
 		for i := range fillers {
 			had := fillers[i].Total
 			refused, err := fillers[i].Fill(64<<10, 1<<10)
-			check(t, err)
+			must.Do(t, err)
 			if !refused {
 				t.Fatalf("connection %d is not stopped after %d bytes", i, fillers[i].Total)
 			}
-			if fillers[i].Total != had || must(traffic.Poll(fillers[i].Conn.FD, unix.POLLOUT, 0))(t) != 0 {
+			if fillers[i].Total != had || must.Get(traffic.Poll(fillers[i].Conn.FD, unix.POLLOUT, 0))(t) != 0 {
 				last = time.Now()
 			}
 		}
@@ -173,8 +174,8 @@ const noise = 64 << 20
 // bufferSizes is what TCP may hold of a connection beyond redirected bytes.
 func bufferSizes(t *testing.T, sender, receiver *traffic.Conn) int {
 	t.Helper()
-	return must(unix.GetsockoptInt(sender.FD, unix.SOL_SOCKET, unix.SO_SNDBUF))(t) +
-		must(unix.GetsockoptInt(receiver.FD, unix.SOL_SOCKET, unix.SO_RCVBUF))(t)
+	return must.Get(unix.GetsockoptInt(sender.FD, unix.SOL_SOCKET, unix.SO_SNDBUF))(t) +
+		must.Get(unix.GetsockoptInt(receiver.FD, unix.SOL_SOCKET, unix.SO_RCVBUF))(t)
 }
 
 // kernelMemory is what /proc/meminfo says of memory that the kernel itself uses,
@@ -190,7 +191,7 @@ func kernelMemory(t *testing.T) int64 {
 		{"/proc/net/sockstat", "TCP: inuse %d orphan %d tw %d alloc %d mem %d", int64(os.Getpagesize())},
 	} {
 		found := false
-		for line := range strings.Lines(string(must(os.ReadFile(source.file))(t))) {
+		for line := range strings.Lines(string(must.Get(os.ReadFile(source.file))(t))) {
 			var n [5]int64
 			if read, _ := fmt.Sscanf(line, source.format, &n[0], &n[1], &n[2], &n[3], &n[4]); read > 0 && read == strings.Count(source.format, "%d") {
 				sum += n[read-1] * source.unit
@@ -284,10 +285,10 @@ func TestSmallReceiveBuffer(t *testing.T) {
 		if got := m["redirected"].Messages * (size + overhead); got < want || got > want+size+overhead {
 			t.Errorf("%d bytes queued with their overhead, want %d: %v", got, want, m)
 		}
-		if got := must(unix.GetsockoptInt(b.FD, unix.SOL_SOCKET, unix.SO_RCVBUF))(t); got != rcvbuf {
+		if got := must.Get(unix.GetsockoptInt(b.FD, unix.SOL_SOCKET, unix.SO_RCVBUF))(t); got != rcvbuf {
 			t.Errorf("SO_RCVBUF is %d, want %d", got, rcvbuf)
 		}
-		check(t, b.Receive(traffic.Plan{Bytes: f[0].Total, Open: true}))
+		must.Do(t, b.Receive(traffic.Plan{Bytes: f[0].Total, Open: true}))
 	})
 }
 
@@ -311,14 +312,14 @@ func TestBlockingSend(t *testing.T) {
 
 		f := traffic.Filler{Conn: a, Stream: traffic.NewStream(0)}
 		start := time.Now()
-		refused := must(f.Fill(64<<10, 1000))(t)
+		refused := must.Get(f.Fill(64<<10, 1000))(t)
 		if took := time.Since(start); !refused || took < 300*time.Millisecond {
 			t.Errorf("the write did not wait: refused %v after %s, %d bytes", refused, took, f.Total)
 		}
 		if m := l.counters().Messages; m["receiver_full"].Messages == 0 || m["redirected"].Bytes < 1<<20 {
 			t.Errorf("the receiver was not full: %v", m)
 		}
-		check(t, unix.SetsockoptTimeval(a.FD, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &unix.Timeval{Sec: 20}))
+		must.Do(t, unix.SetsockoptTimeval(a.FD, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &unix.Timeval{Sec: 20}))
 		const more = 100
 		wrote := make(chan error, 1)
 		go func() {
@@ -331,13 +332,13 @@ func TestBlockingSend(t *testing.T) {
 		got, buf := traffic.NewStream(0), make([]byte, 64<<10)
 		for {
 			n, err := b.Read(buf)
-			check(t, got.Check(buf[:n]))
+			must.Do(t, got.Check(buf[:n]))
 			if errors.Is(err, io.EOF) {
 				break
 			}
-			check(t, err)
+			must.Do(t, err)
 		}
-		check(t, <-wrote)
+		must.Do(t, <-wrote)
 		if got.At() != f.Total {
 			t.Errorf("%d bytes arrived of %d", got.At(), f.Total)
 		}

@@ -20,6 +20,7 @@ import (
 
 	"github.com/skipstack/skipstack/plugin/datapath"
 	"github.com/skipstack/skipstack/test/datapath/traffic"
+	"github.com/skipstack/skipstack/test/must"
 	"github.com/skipstack/skipstack/test/node"
 )
 
@@ -38,7 +39,7 @@ func guarded(t *testing.T, f func(l *lab) func(t *testing.T, guard datapath.Guar
 			if errors.Is(err, datapath.ErrGuard) && errors.Is(err, unix.EPERM) {
 				t.Skipf("needs a kernel that permits it: %v", err)
 			}
-			check(t, err)
+			must.Do(t, err)
 			test(t, guard)
 		})
 	}
@@ -80,13 +81,13 @@ func compat(call string) func(*testing.T, int, int, int) (int, error) {
 		}
 		cmd := exec.Command(program, call, fmt.Sprint(n))
 		for _, fd := range []int{in, out} {
-			dup := must(unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0))(t)
+			dup := must.Get(unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0))(t)
 			f := os.NewFile(uintptr(dup), "")
 			defer f.Close()
 			cmd.ExtraFiles = append(cmd.ExtraFiles, f)
 		}
 		said, err := cmd.CombinedOutput()
-		check(t, err)
+		must.Do(t, err)
 		var moved, errno int
 		if _, err := fmt.Sscan(string(said), &moved, &errno); err != nil {
 			t.Fatalf("%q: %v", said, err)
@@ -125,7 +126,7 @@ func spliceIsRefused(t *testing.T, l *lab, client, server, plain *pod, guard dat
 		t.Run(m.name, func(t *testing.T) {
 			for _, way := range [][2]*traffic.Conn{{a, b}, {b, a}} {
 				_, w := pipe(t)
-				must(way[0].Write(msg))(t)
+				must.Get(way[0].Write(msg))(t)
 				before, refusals := l.counters(), uint64(0)
 				if guard != datapath.NoGuard {
 					refusals = 1
@@ -139,8 +140,8 @@ func spliceIsRefused(t *testing.T, l *lab, client, server, plain *pod, guard dat
 				wantBytes(t, way[1], msg)
 			}
 			r, w := pipe(t)
-			must(c.Write(msg))(t)
-			must(traffic.Poll(d.FD, unix.POLLIN, patience))(t)
+			must.Get(c.Write(msg))(t)
+			must.Get(traffic.Poll(d.FD, unix.POLLIN, patience))(t)
 			n, err := m.move(t, d.FD, w, len(msg))
 			if n != len(msg) || err != nil {
 				t.Fatalf("from a socket that is not enrolled: %d, %v", n, err)
@@ -149,7 +150,7 @@ func spliceIsRefused(t *testing.T, l *lab, client, server, plain *pod, guard dat
 		})
 	}
 	t.Run("io_uring read", func(t *testing.T) {
-		must(a.Write(msg))(t)
+		must.Get(a.Write(msg))(t)
 		buf := make([]byte, len(msg))
 		n, err := uring(t, sqe{opcode: opRead, flags: forceAsync, fd: int32(b.FD), off: ^uint64(0), buf: buf, len: uint32(len(buf))})
 		if n != len(msg) || err != nil || !bytes.Equal(buf, msg) {
@@ -158,7 +159,7 @@ func spliceIsRefused(t *testing.T, l *lab, client, server, plain *pod, guard dat
 	})
 	t.Run("to the socket", func(t *testing.T) {
 		r, w := pipe(t)
-		must(w0(w).Write(msg))(t)
+		must.Get(w0(w).Write(msg))(t)
 		if n, err := unix.Splice(int(r.Fd()), nil, a.FD, nil, len(msg), 0); int(n) != len(msg) || err != nil {
 			t.Fatalf("%d, %v", n, err)
 		}
@@ -167,7 +168,7 @@ func spliceIsRefused(t *testing.T, l *lab, client, server, plain *pod, guard dat
 	t.Run("tee", func(t *testing.T) {
 		r, w := pipe(t)
 		r2, w2 := pipe(t)
-		must(w0(w).Write(msg))(t)
+		must.Get(w0(w).Write(msg))(t)
 		if n, err := unix.Tee(int(r.Fd()), w2, len(msg), 0); int(n) != len(msg) || err != nil {
 			t.Fatalf("%d, %v", n, err)
 		}
@@ -179,7 +180,7 @@ func spliceIsRefused(t *testing.T, l *lab, client, server, plain *pod, guard dat
 func pipe(t *testing.T) (r *os.File, w int) {
 	t.Helper()
 	r, f, err := os.Pipe()
-	check(t, err)
+	must.Do(t, err)
 	t.Cleanup(func() { r.Close(); f.Close() })
 	// Fd makes it blocking, which the emptiness of a pipe does not matter to.
 	return r, int(f.Fd())
@@ -200,7 +201,7 @@ func wantBytes(t *testing.T, from io.Reader, want []byte) {
 
 func goConn(t *testing.T, c *traffic.Conn) *net.TCPConn {
 	t.Helper()
-	conn := must(c.Go())(t)
+	conn := must.Get(c.Go())(t)
 	t.Cleanup(func() { conn.Close() })
 	return conn
 }
@@ -244,7 +245,7 @@ func goProxies(t *testing.T, l *lab, client, proxy, server *pod, guard datapath.
 				wait = spliceWatch
 			}
 			err := errors.Join(a.SetDeadline(time.Now().Add(wait)), b.SetDeadline(time.Now().Add(wait)))
-			check(t, err)
+			must.Do(t, err)
 			content := make([]byte, 1<<20)
 			rand.Read(content)
 			err = errors.Join(traffic.Relayed(a, b, content), traffic.Relayed(b, a, content))
@@ -254,8 +255,8 @@ func goProxies(t *testing.T, l *lab, client, proxy, server *pod, guard datapath.
 				}
 				return
 			}
-			check(t, err)
-			check(t, errors.Join(a.CloseWrite(), b.CloseWrite()))
+			must.Do(t, err)
+			must.Do(t, errors.Join(a.CloseWrite(), b.CloseWrite()))
 			for _, c := range []*net.TCPConn{a, b} {
 				if n, err := c.Read(make([]byte, 1)); n != 0 || err != io.EOF {
 					t.Errorf("%d, %v, want the end of the stream", n, err)
@@ -273,9 +274,9 @@ func goProxies(t *testing.T, l *lab, client, proxy, server *pod, guard datapath.
 func connectProxy(t *testing.T, client, proxy *pod, front, back *traffic.Listener) (a, b *net.TCPConn) {
 	t.Helper()
 	// The proxy's own listener is a duplicate: http.Server closes it.
-	file := os.NewFile(uintptr(must(unix.FcntlInt(uintptr(front.FD), unix.F_DUPFD_CLOEXEC, 0))(t)), "listener")
-	listener := must(net.FileListener(file))(t)
-	check(t, file.Close())
+	file := os.NewFile(uintptr(must.Get(unix.FcntlInt(uintptr(front.FD), unix.F_DUPFD_CLOEXEC, 0))(t)), "listener")
+	listener := must.Get(net.FileListener(file))(t)
+	must.Do(t, file.Close())
 	srv := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		to, err := netip.ParseAddrPort(r.Host)
 		var out *traffic.Conn
@@ -308,7 +309,7 @@ func connectProxy(t *testing.T, client, proxy *pod, front, back *traffic.Listene
 		}
 	})
 	a = goConn(t, client.dialed(t, front))
-	check(t, a.SetDeadline(time.Now().Add(splicePatience)))
+	must.Do(t, a.SetDeadline(time.Now().Add(splicePatience)))
 	fmt.Fprintf(a, "CONNECT %s HTTP/1.1\r\nHost: %s\r\n\r\n", back.Addr, back.Addr)
 	var head strings.Builder
 	for !strings.HasSuffix(head.String(), "\r\n\r\n") {
@@ -321,11 +322,11 @@ func connectProxy(t *testing.T, client, proxy *pod, front, back *traffic.Listene
 	if !strings.HasPrefix(head.String(), "HTTP/1.1 200 ") {
 		t.Fatalf("the proxy's answer: %q", head.String())
 	}
-	return a, goConn(t, must(back.Accept())(t))
+	return a, goConn(t, must.Get(back.Accept())(t))
 }
 
 // dialed connects, and leaves it to a server to accept.
 func (p *pod) dialed(t *testing.T, l *traffic.Listener) *traffic.Conn {
 	t.Helper()
-	return must(p.host.Dial(l.Addr, traffic.SocketOptions{}))(t)
+	return must.Get(p.host.Dial(l.Addr, traffic.SocketOptions{}))(t)
 }

@@ -6,6 +6,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/skipstack/skipstack/test/must"
 )
 
 // The little of io_uring(7) that a single request takes: include/uapi/linux/io_uring.h.
@@ -56,9 +58,9 @@ func uring(t *testing.T, s sqe) (int, error) {
 	}
 	defer unix.Close(int(fd))
 	size := max(p.sq.c+p.sqEntries*4, p.cq.b+p.cqEntries*16)
-	ring := must(unix.Mmap(int(fd), offSQRing, int(size), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED|unix.MAP_POPULATE))(t)
+	ring := must.Get(unix.Mmap(int(fd), offSQRing, int(size), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED|unix.MAP_POPULATE))(t)
 	defer unix.Munmap(ring)
-	requests := must(unix.Mmap(int(fd), offSQEs, sizeSQE, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED|unix.MAP_POPULATE))(t)
+	requests := must.Get(unix.Mmap(int(fd), offSQEs, sizeSQE, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED|unix.MAP_POPULATE))(t)
 	defer unix.Munmap(requests)
 
 	var pin runtime.Pinner

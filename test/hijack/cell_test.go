@@ -15,6 +15,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/skipstack/skipstack/test/must"
 	"github.com/skipstack/skipstack/test/node"
 )
 
@@ -52,21 +53,21 @@ const (
 func newCell(t *testing.T, p *node.Pod, o cellOptions) *cell {
 	t.Helper()
 	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
-	check(t, err)
+	must.Do(t, err)
 	ours, theirs := os.NewFile(uintptr(pair[0]), "cell"), os.NewFile(uintptr(pair[1]), "cell")
 	defer theirs.Close()
 	conn, err := net.FileConn(ours)
-	check(t, errors.Join(err, ours.Close()))
+	must.Do(t, errors.Join(err, ours.Close()))
 	c := &cell{conn: conn.(*net.UnixConn), repair: o.Repair}
 	t.Cleanup(c.close)
 	options, err := json.Marshal(o)
-	check(t, err)
+	must.Do(t, err)
 	cmd := node.WorkerCommand("cell", string(options))
 	cmd.ExtraFiles = []*os.File{theirs}
 	_, err = p.Start(cmd, node.StartOptions{})
-	check(t, err)
+	must.Do(t, err)
 	fds, err := c.receive() // ready
-	check(t, err)
+	must.Do(t, err)
 	if o.TUN != "" {
 		c.tun = &tun{fd: fds[0]}
 	}
@@ -150,14 +151,14 @@ func (c *cell) socket() (int, error) {
 func (c *cell) listen(t *testing.T, at netip.AddrPort) int {
 	t.Helper()
 	fd, err := c.socket()
-	check(t, err)
+	must.Do(t, err)
 	t.Cleanup(func() { unix.Close(fd) })
 	if c.repair {
-		check(t, setRepair(fd, unix.TCP_REPAIR_OFF))
+		must.Do(t, setRepair(fd, unix.TCP_REPAIR_OFF))
 	}
-	check(t, unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1))
-	check(t, unix.Bind(fd, sockaddr(at)))
-	check(t, unix.Listen(fd, 1024))
+	must.Do(t, unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1))
+	must.Do(t, unix.Bind(fd, sockaddr(at)))
+	must.Do(t, unix.Listen(fd, 1024))
 	return fd
 }
 

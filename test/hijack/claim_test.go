@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/skipstack/skipstack/plugin/datapath"
+	"github.com/skipstack/skipstack/test/must"
 )
 
 // TestClaims lets an attacker claim connections of clients on other hosts, whose
@@ -41,21 +42,21 @@ func TestClaims(t *testing.T) {
 			evil := newCell(t, attacker.Pod, cellOptions{Nested: true, TUN: "tun0", Addrs: []netip.Addr{client}, Repair: true})
 			before := l.counters()
 			for range tries / batch {
-				check(t, evil.prime(batch))
+				must.Do(t, evil.prime(batch))
 				syns := make([]segment, batch)
 				answers, stolen := make([]segment, batch), make([]int, batch)
 				var err error
 				for i := range syns {
 					syns[i] = segment{src: netip.AddrPortFrom(client, uint16(1024+i)), dst: server, flags: syn, seq: rand.Uint32()}
 					answers[i], err = l.world.ask(syns[i])
-					check(t, err)
+					must.Do(t, err)
 				}
 				if tt.late {
 					time.Sleep(shortWindow)
 				}
 				for i, s := range syns {
 					stolen[i], err = tt.claim(evil, s.src, s.dst, s.seq, answers[i].seq)
-					check(t, err)
+					must.Do(t, err)
 				}
 				for i, s := range syns {
 					l.serve(listener, s, answers[i], stolen[i])
@@ -73,14 +74,14 @@ func (l *lab) serve(listener int, s, answer segment, stolen int) {
 	l.t.Helper()
 	request, reply := fmt.Sprint("request ", s.seq), fmt.Sprint("reply ", s.seq)
 	s.flags, s.seq, s.ack, s.payload = ack, s.seq+1, answer.seq+1, request
-	check(l.t, l.world.send(s))
+	must.Do(l.t, l.world.send(s))
 	server, err := accept(listener)
-	check(l.t, err)
-	check(l.t, read(server, request))
-	check(l.t, send(server, reply))
+	must.Do(l.t, err)
+	must.Do(l.t, read(server, request))
+	must.Do(l.t, send(server, reply))
 	_, err = l.world.receive(func(r segment) bool { return r.dst == s.src && r.payload == reply })
-	check(l.t, err)
-	check(l.t, errors.Join(silent(stolen), send(stolen, "evil"), silent(server), vanish(server), vanish(stolen)))
+	must.Do(l.t, err)
+	must.Do(l.t, errors.Join(silent(stolen), send(stolen, "evil"), silent(server), vanish(server), vanish(stolen)))
 	l.world.drain()
 }
 
@@ -94,43 +95,43 @@ func TestLateClient(t *testing.T) {
 		Sysctls: map[string]string{"net.ipv4.neigh.eth0.unres_qlen_bytes": "10000000"},
 	}).listen(t, server)
 	clients := newCell(t, a.Pod, cellOptions{Sysctls: map[string]string{"net.ipv4.conf.eth0.arp_ignore": "8"}}) // answer nobody
-	check(t, a.Do(func() error { return learn(b.addr, b.mac) }))
+	must.Do(t, a.Do(func() error { return learn(b.addr, b.mac) }))
 	const batch = 50
 	before := l.counters()
 	for range tries / batch {
-		check(t, clients.prime(batch))
+		must.Do(t, clients.prime(batch))
 		// The SYN-ACKs wait until the client's address is resolved.
-		check(t, b.Do(func() error { return forget(a.addr) }))
+		must.Do(t, b.Do(func() error { return forget(a.addr) }))
 		recorded := l.counters().Events["syn_recorded"]
 		var fds []int
 		for range batch {
 			fd, err := clients.socket()
-			check(t, err)
-			check(t, connect(fd, server))
+			must.Do(t, err)
+			must.Do(t, connect(fd, server))
 			fds = append(fds, fd)
 		}
 		if n := l.counters().Events["syn_recorded"] - recorded; n != batch {
 			t.Fatalf("%d SYNs recorded, want %d", n, batch)
 		}
 		time.Sleep(shortWindow)
-		check(t, b.Do(func() error { return learn(a.addr, a.mac) }))
+		must.Do(t, b.Do(func() error { return learn(a.addr, a.mac) }))
 		for i, fd := range fds {
-			check(t, established(fd))
-			check(t, send(fd, fmt.Sprint("late ", i)))
+			must.Do(t, established(fd))
+			must.Do(t, send(fd, fmt.Sprint("late ", i)))
 		}
 		for range batch {
 			fd, err := accept(listener)
-			check(t, err)
+			must.Do(t, err)
 			buf := make([]byte, 100)
-			check(t, wait(fd, unix.POLLIN))
+			must.Do(t, wait(fd, unix.POLLIN))
 			n, err := unix.Read(fd, buf)
-			check(t, err)
-			check(t, send(fd, string(buf[:n])))
-			check(t, vanish(fd))
+			must.Do(t, err)
+			must.Do(t, send(fd, string(buf[:n])))
+			must.Do(t, vanish(fd))
 		}
 		for i, fd := range fds {
-			check(t, read(fd, fmt.Sprint("late ", i)))
-			check(t, vanish(fd))
+			must.Do(t, read(fd, fmt.Sprint("late ", i)))
+			must.Do(t, vanish(fd))
 		}
 	}
 	l.expect(before, map[string]uint64{"late_claim": tries})

@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/skipstack/skipstack/plugin/datapath"
+	"github.com/skipstack/skipstack/test/must"
 )
 
 // TestKeepalive shows that a busy accelerated connection still sends keepalive
@@ -23,16 +24,16 @@ func TestKeepalive(t *testing.T) {
 		{unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, 1},
 		{unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1},
 	} {
-		check(t, unix.SetsockoptInt(p.client, o.level, o.name, o.value))
+		must.Do(t, unix.SetsockoptInt(p.client, o.level, o.name, o.value))
 	}
 	sent := func() uint32 {
 		info, err := unix.GetsockoptTCPInfo(p.client, unix.IPPROTO_TCP, unix.TCP_INFO)
-		check(t, err)
+		must.Do(t, err)
 		return info.Segs_out
 	}
 	before, messages := sent(), l.counters()
 	for deadline := time.Now().Add(patience); sent() == before; time.Sleep(time.Millisecond) {
-		check(t, p.exchange("busy"))
+		must.Do(t, p.exchange("busy"))
 		if time.Now().After(deadline) {
 			t.Fatal("no segment sent")
 		}
@@ -49,7 +50,7 @@ func TestDestroyedSocket(t *testing.T) {
 	l := newLab(t, datapath.LoadOptions{})
 	p, client, server := l.accelerated()
 	name, err := unix.Getsockname(p.client)
-	check(t, err)
+	must.Do(t, err)
 	local := name.(*unix.SockaddrInet4)
 	err = client.Do(func() error {
 		return netlink.SocketDestroy(&net.TCPAddr{IP: local.Addr[:], Port: local.Port}, &net.TCPAddr{IP: server.Addr().AsSlice(), Port: int(server.Port())})
@@ -57,12 +58,12 @@ func TestDestroyedSocket(t *testing.T) {
 	if errors.Is(err, unix.EOPNOTSUPP) {
 		t.Skip("needs CONFIG_INET_DIAG_DESTROY")
 	}
-	check(t, err)
+	must.Do(t, err)
 	for _, end := range []struct {
 		fd   int
 		want error
 	}{{p.client, unix.ECONNABORTED}, {p.server, unix.ECONNRESET}} {
-		check(t, wait(end.fd, unix.POLLIN))
+		must.Do(t, wait(end.fd, unix.POLLIN))
 		if n, err := unix.Read(end.fd, make([]byte, 10)); !errors.Is(err, end.want) {
 			t.Errorf("read: %d, %v, want %v", n, err, end.want)
 		}
@@ -77,9 +78,9 @@ func (l *lab) accelerated() (p pair, client *pod, server netip.AddrPort) {
 	clients, listener := newCell(l.t, client.Pod, cellOptions{}), newCell(l.t, b.Pod, cellOptions{}).listen(l.t, server)
 	before := l.counters()
 	p, err := newPair(clients, listener, server)
-	check(l.t, err)
-	l.t.Cleanup(func() { check(l.t, p.close()) })
-	check(l.t, p.exchange("first"))
+	must.Do(l.t, err)
+	l.t.Cleanup(func() { must.Do(l.t, p.close()) })
+	must.Do(l.t, p.exchange("first"))
 	l.expect(before, map[string]uint64{"enrolled": 1})
 	return p, client, server
 }

@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/skipstack/skipstack/plugin/datapath"
+	"github.com/skipstack/skipstack/test/must"
 )
 
 // A flood sends SYNs from many hosts as fast as it can.
@@ -55,7 +56,7 @@ func (f *flood) halt() {
 func (f *flood) end(t *testing.T) {
 	t.Helper()
 	f.halt()
-	check(t, f.err)
+	must.Do(t, f.err)
 	t.Logf("%d SYNs", f.sent.Load())
 }
 
@@ -108,22 +109,22 @@ func TestSYNFlood(t *testing.T) {
 			server := netip.AddrPortFrom(b.addr, 80)
 			clients, listener := newCell(t, a.Pod, cellOptions{}), newCell(t, b.Pod, cellOptions{}).listen(t, server)
 			old, err := newPair(clients, listener, server)
-			check(t, err)
-			check(t, old.exchange("before"))
+			must.Do(t, err)
+			must.Do(t, old.exchange("before"))
 			before := l.counters()
 			f := l.flood(server, tt.reset)
 			exchanges, connections := uint64(0), uint64(0)
 			for ; f.sent.Load() < 5*tries; exchanges++ {
-				check(t, old.exchange(fmt.Sprint("during ", exchanges)))
+				must.Do(t, old.exchange(fmt.Sprint("during ", exchanges)))
 				if exchanges%10 == 0 {
 					p, err := newPair(clients, listener, server)
-					check(t, err)
-					check(t, errors.Join(p.exchange(fmt.Sprint("new ", connections)), p.close()))
+					must.Do(t, err)
+					must.Do(t, errors.Join(p.exchange(fmt.Sprint("new ", connections)), p.close()))
 					connections++
 				}
 			}
 			f.end(t)
-			check(t, errors.Join(old.exchange("after"), old.close()))
+			must.Do(t, errors.Join(old.exchange("after"), old.close()))
 			d := l.counters().Since(before)
 			t.Logf("%d exchanges, %d new connections: %v %v", exchanges, connections, d.Connections, d.Events)
 			if got := d.Messages["redirected"].Messages; got < 2*exchanges {
@@ -149,17 +150,17 @@ func TestEviction(t *testing.T) {
 	server := netip.AddrPortFrom(b.addr, 80)
 	clients, listener := newCell(t, a.Pod, cellOptions{}), newCell(t, b.Pod, cellOptions{}).listen(t, server)
 	var open pairs
-	t.Cleanup(func() { check(t, open.close()) })
+	t.Cleanup(func() { must.Do(t, open.close()) })
 	before := l.counters()
 	for range connections {
 		p, err := newPair(clients, listener, server)
-		check(t, err)
+		must.Do(t, err)
 		open = append(open, p)
 	}
 	l.expect(before, map[string]uint64{"enrolled": connections})
 	for round := range 3 {
 		for i, p := range open {
-			check(t, p.exchange(fmt.Sprint("round ", round, " connection ", i)))
+			must.Do(t, p.exchange(fmt.Sprint("round ", round, " connection ", i)))
 		}
 	}
 	// A client without a record sends by TCP, its server may redirect.
@@ -177,22 +178,22 @@ func TestMapFull(t *testing.T) {
 	server := netip.AddrPortFrom(b.addr, 80)
 	clients, listener := newCell(t, a.Pod, cellOptions{}), newCell(t, b.Pod, cellOptions{}).listen(t, server)
 	var open pairs
-	t.Cleanup(func() { check(t, open.close()) })
+	t.Cleanup(func() { must.Do(t, open.close()) })
 	for round := range 3 {
 		before := l.counters()
 		for range 100 {
 			p, err := newPair(clients, listener, server)
-			check(t, err)
+			must.Do(t, err)
 			open = append(open, p)
 		}
 		for i, p := range open {
-			check(t, p.exchange(fmt.Sprint("round ", round, " connection ", i)))
+			must.Do(t, p.exchange(fmt.Sprint("round ", round, " connection ", i)))
 		}
 		l.expect(before, map[string]uint64{"enrolled": 16, "map_full": 84})
-		check(t, open.close())
+		must.Do(t, open.close())
 		for deadline := time.Now().Add(patience); ; time.Sleep(time.Millisecond) {
 			n, err := l.set.Enrolled()
-			check(t, err)
+			must.Do(t, err)
 			if n == 0 {
 				break
 			}
@@ -223,14 +224,14 @@ func TestChurn(t *testing.T) {
 			t.Run(fmt.Sprint("pod ", i), func(t *testing.T) {
 				t.Parallel()
 				var open pairs
-				t.Cleanup(func() { check(t, open.close()) })
+				t.Cleanup(func() { must.Do(t, open.close()) })
 				for n := range tries {
 					p, err := newPair(clients, listener, server)
-					check(t, err)
+					must.Do(t, err)
 					if open = append(open, p); len(open) > idle {
 						p, open = open[0], open[1:]
 						token := fmt.Sprint("pod ", i, " connection ", n)
-						check(t, errors.Join(p.exchange(token), p.exchange(token+" again"), silent(p.client), silent(p.server), p.close()))
+						must.Do(t, errors.Join(p.exchange(token), p.exchange(token+" again"), silent(p.client), silent(p.server), p.close()))
 					}
 				}
 			})

@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/skipstack/skipstack/plugin/datapath"
+	"github.com/skipstack/skipstack/test/must"
 	"github.com/skipstack/skipstack/test/node"
 )
 
@@ -51,7 +52,7 @@ func newLab(t *testing.T, o datapath.LoadOptions) *lab {
 	l := &lab{t: t, node: n}
 	var err error
 	l.list, err = n.Network(node.Network{})
-	check(t, err)
+	must.Do(t, err)
 	if o.MaxConnections == 0 {
 		o.MaxConnections = 65536
 	}
@@ -60,10 +61,10 @@ func newLab(t *testing.T, o datapath.LoadOptions) *lab {
 	}
 	// Unlike a published one it is not found by SwitchNode in another program's test.
 	l.set, err = datapath.LoadPrivate(o)
-	check(t, err)
-	t.Cleanup(func() { check(t, l.set.Close()) })
-	check(t, l.set.SetNode(datapath.NodeSettings{Open: true}))
-	check(t, n.Do(func() (err error) {
+	must.Do(t, err)
+	t.Cleanup(func() { must.Do(t, l.set.Close()) })
+	must.Do(t, l.set.SetNode(datapath.NodeSettings{Open: true}))
+	must.Do(t, n.Do(func() (err error) {
 		if l.world, err = openTUN("world"); err != nil {
 			return err
 		}
@@ -91,10 +92,10 @@ func (l *lab) pod(name string) *pod {
 func (l *lab) plain(name string) *pod {
 	l.t.Helper()
 	p, err := l.node.AddPod(l.t.Context(), name, l.list, node.PodOptions{})
-	check(l.t, err)
+	must.Do(l.t, err)
 	made := &pod{Pod: p}
 	made.addr, _ = p.Addr(false)
-	check(l.t, p.Do(func() error {
+	must.Do(l.t, p.Do(func() error {
 		link, err := netlink.LinkByName(node.IfName)
 		if err == nil {
 			made.mac = link.Attrs().HardwareAddr
@@ -108,7 +109,7 @@ func (l *lab) plain(name string) *pod {
 func (l *lab) island(name string) *pod {
 	l.t.Helper()
 	p, err := l.node.NewPod(name, node.PodOptions{})
-	check(l.t, err)
+	must.Do(l.t, err)
 	l.attach(p)
 	return &pod{Pod: p}
 }
@@ -116,19 +117,19 @@ func (l *lab) island(name string) *pod {
 func (l *lab) attach(p *node.Pod) {
 	l.t.Helper()
 	dir, err := os.Open(p.Cgroup)
-	check(l.t, err)
+	must.Do(l.t, err)
 	defer dir.Close()
 	var st unix.Stat_t
-	check(l.t, unix.Fstat(int(dir.Fd()), &st))
+	must.Do(l.t, unix.Fstat(int(dir.Fd()), &st))
 	_, err = l.set.Attach(dir, st.Ino)
-	check(l.t, err)
-	check(l.t, l.set.SetPod(st.Ino, datapath.PodSettings{Enabled: true, UnreadLimit: 16 << 20}))
+	must.Do(l.t, err)
+	must.Do(l.t, l.set.SetPod(st.Ino, datapath.PodSettings{Enabled: true, UnreadLimit: 16 << 20}))
 }
 
 func (l *lab) counters() datapath.Counters {
 	l.t.Helper()
 	c, err := l.set.Counters()
-	check(l.t, err)
+	must.Do(l.t, err)
 	return c
 }
 
@@ -166,13 +167,6 @@ func neighbour(addr netip.Addr, mac net.HardwareAddr, f func(*netlink.Neigh) err
 		return fmt.Errorf("set neighbour %s: %w", addr, err)
 	}
 	return nil
-}
-
-func check(t *testing.T, err error) {
-	t.Helper()
-	if err != nil {
-		t.Fatal(err)
-	}
 }
 
 func sockaddr(a netip.AddrPort) unix.Sockaddr {

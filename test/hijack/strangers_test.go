@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/skipstack/skipstack/plugin/datapath"
+	"github.com/skipstack/skipstack/test/must"
 	"github.com/skipstack/skipstack/test/node"
 )
 
@@ -26,17 +27,17 @@ func TestCollusion(t *testing.T) {
 	listener := servers.listen(t, server)
 	before := l.counters()
 	for i := range tries {
-		check(t, clients.prime(1))
+		must.Do(t, clients.prime(1))
 		s := segment{src: netip.AddrPortFrom(host, port(i)), dst: server, flags: syn, seq: rand.Uint32()}
 		answer, err := servers.tun.ask(s)
-		check(t, err)
+		must.Do(t, err)
 		x, err := clients.forged(s.src, server, s.seq, answer.seq)
-		check(t, err)
-		check(t, servers.tun.send(segment{src: s.src, dst: server, flags: ack, seq: s.seq + 1, ack: answer.seq + 1}))
+		must.Do(t, err)
+		must.Do(t, servers.tun.send(segment{src: s.src, dst: server, flags: ack, seq: s.seq + 1, ack: answer.seq + 1}))
 		y, err := accept(listener)
-		check(t, err)
-		check(t, errors.Join(send(x, "hidden"), send(y, "hidden")))
-		check(t, errors.Join(silent(x), silent(y), vanish(x), vanish(y)))
+		must.Do(t, err)
+		must.Do(t, errors.Join(send(x, "hidden"), send(y, "hidden")))
+		must.Do(t, errors.Join(silent(x), silent(y), vanish(x), vanish(y)))
 		servers.tun.drain()
 		clients.tun.drain()
 	}
@@ -55,24 +56,24 @@ func TestPlantedRecord(t *testing.T) {
 	listener := evil.listen(t, remote)
 	before := l.counters()
 	for range tries {
-		check(t, evil.prime(1))
+		must.Do(t, evil.prime(1))
 		client, err := clients.socket()
-		check(t, err)
-		check(t, connect(client, remote))
+		must.Do(t, err)
+		must.Do(t, connect(client, remote))
 		s, err := l.world.receive(func(s segment) bool { return s.flags&syn != 0 && s.dst == remote })
-		check(t, err)
+		must.Do(t, err)
 		number := rand.Uint32()
-		check(t, evil.half(remote, s.src, s.seq, number))
-		check(t, l.world.send(segment{src: remote, dst: s.src, flags: syn | ack, seq: number, ack: s.seq + 1}))
-		check(t, established(client))
-		check(t, evil.tun.send(segment{src: s.src, dst: remote, flags: ack, seq: s.seq + 1, ack: number + 1}))
+		must.Do(t, evil.half(remote, s.src, s.seq, number))
+		must.Do(t, l.world.send(segment{src: remote, dst: s.src, flags: syn | ack, seq: number, ack: s.seq + 1}))
+		must.Do(t, established(client))
+		must.Do(t, evil.tun.send(segment{src: s.src, dst: remote, flags: ack, seq: s.seq + 1, ack: number + 1}))
 		stolen, err := accept(listener)
-		check(t, err)
-		check(t, errors.Join(send(stolen, "evil"), send(client, "secret")))
+		must.Do(t, err)
+		must.Do(t, errors.Join(send(stolen, "evil"), send(client, "secret")))
 		_, err = l.world.receive(func(r segment) bool { return r.src == s.src && r.payload == "secret" })
-		check(t, err)
-		check(t, l.world.send(segment{src: remote, dst: s.src, flags: ack, seq: number + 1, ack: s.seq + 7, payload: "answer"}))
-		check(t, errors.Join(read(client, "answer"), silent(client), silent(stolen), vanish(client), vanish(stolen)))
+		must.Do(t, err)
+		must.Do(t, l.world.send(segment{src: remote, dst: s.src, flags: ack, seq: number + 1, ack: s.seq + 7, payload: "answer"}))
+		must.Do(t, errors.Join(read(client, "answer"), silent(client), silent(stolen), vanish(client), vanish(stolen)))
 		l.world.drain()
 		evil.tun.drain()
 	}
@@ -88,29 +89,29 @@ func TestStolenServerEnd(t *testing.T) {
 	a, b, attacker := l.pod("client"), l.pod("server"), l.pod("attacker")
 	server := netip.AddrPortFrom(b.addr, 80)
 	clients, listener := newCell(t, a.Pod, cellOptions{}), newCell(t, b.Pod, cellOptions{}).listen(t, server)
-	check(t, unix.SetsockoptInt(listener, unix.IPPROTO_TCP, unix.TCP_DEFER_ACCEPT, 10))
+	must.Do(t, unix.SetsockoptInt(listener, unix.IPPROTO_TCP, unix.TCP_DEFER_ACCEPT, 10))
 	evil := newCell(t, attacker.Pod, cellOptions{Nested: true, TUN: "tun0", Addrs: []netip.Addr{server.Addr()}, Repair: true})
 	evilListener := evil.listen(t, server)
 	before := l.counters()
 	for i := range tries {
-		check(t, evil.prime(1))
+		must.Do(t, evil.prime(1))
 		client, err := clients.socket()
-		check(t, err)
+		must.Do(t, err)
 		from := netip.AddrPortFrom(a.addr, port(i))
-		check(t, unix.Bind(client, sockaddr(from)))
-		check(t, connect(client, server))
-		check(t, established(client))
+		must.Do(t, unix.Bind(client, sockaddr(from)))
+		must.Do(t, connect(client, server))
+		must.Do(t, established(client))
 		own, peer, err := numbers(client)
-		check(t, err)
-		check(t, evil.half(server, from, own, peer))
-		check(t, evil.tun.send(segment{src: from, dst: server, flags: ack, seq: own + 1, ack: peer + 1}))
+		must.Do(t, err)
+		must.Do(t, evil.half(server, from, own, peer))
+		must.Do(t, evil.tun.send(segment{src: from, dst: server, flags: ack, seq: own + 1, ack: peer + 1}))
 		stolen, err := accept(evilListener)
-		check(t, err)
-		check(t, errors.Join(send(stolen, "evil"), send(client, "request")))
+		must.Do(t, err)
+		must.Do(t, errors.Join(send(stolen, "evil"), send(client, "request")))
 		accepted, err := accept(listener)
-		check(t, err)
-		check(t, errors.Join(read(accepted, "request"), send(accepted, "reply"), read(client, "reply")))
-		check(t, errors.Join(silent(client), silent(stolen), vanish(client), vanish(accepted), vanish(stolen)))
+		must.Do(t, err)
+		must.Do(t, errors.Join(read(accepted, "request"), send(accepted, "reply"), read(client, "reply")))
+		must.Do(t, errors.Join(silent(client), silent(stolen), vanish(client), vanish(accepted), vanish(stolen)))
 		evil.tun.drain()
 	}
 	l.expect(before, map[string]uint64{"unproven": tries, "lost_race": tries, "remote_server": tries})
@@ -128,30 +129,30 @@ func TestSquattedPlace(t *testing.T) {
 	evilListener := evil.listen(t, evilAt)
 	before := l.counters()
 	for i := range tries {
-		check(t, evil.prime(3))
+		must.Do(t, evil.prime(3))
 		client, err := clients.socket()
-		check(t, err)
-		check(t, connect(client, server))
-		check(t, established(client))
+		must.Do(t, err)
+		must.Do(t, connect(client, server))
+		must.Do(t, established(client))
 		own, peer, err := numbers(client)
-		check(t, err)
+		must.Do(t, err)
 		accepted, err := accept(listener)
-		check(t, err)
-		check(t, errors.Join(send(client, "request"), read(accepted, "request"), send(accepted, "reply"), read(client, "reply")))
-		check(t, unix.Close(accepted))
-		check(t, wait(client, unix.POLLRDHUP))
+		must.Do(t, err)
+		must.Do(t, errors.Join(send(client, "request"), read(accepted, "request"), send(accepted, "reply"), read(client, "reply")))
+		must.Do(t, unix.Close(accepted))
+		must.Do(t, wait(client, unix.POLLRDHUP))
 
 		from := netip.AddrPortFrom(evilHost, port(i))
-		check(t, evil.timeWaitHere(evilAt, from, peer, own))
+		must.Do(t, evil.timeWaitHere(evilAt, from, peer, own))
 		x, err := evil.forced(from, evilAt, peer)
-		check(t, err)
-		check(t, established(x))
+		must.Do(t, err)
+		must.Do(t, established(x))
 		y, err := accept(evilListener)
-		check(t, err)
+		must.Do(t, err)
 
-		check(t, send(client, "secret"))
-		check(t, errors.Join(silent(x), silent(y)))
-		check(t, errors.Join(send(x, "mine"), read(y, "mine"), vanish(x), vanish(y), vanish(client)))
+		must.Do(t, send(client, "secret"))
+		must.Do(t, errors.Join(silent(x), silent(y)))
+		must.Do(t, errors.Join(send(x, "mine"), read(y, "mine"), vanish(x), vanish(y), vanish(client)))
 	}
 	l.expect(before, map[string]uint64{"enrolled": 2 * tries, "remote_server": 2 * tries})
 	if got := l.counters().Since(before).Messages["redirected"]; got.Messages < 3*tries {
@@ -180,7 +181,7 @@ func TestSameAddresses(t *testing.T) {
 				t.Parallel()
 				for i := range tries {
 					token := fmt.Sprint(side.name, i)
-					check(t, converse(side.clients, side.listener, netip.AddrPortFrom(a.addr, port(i)), server, token))
+					must.Do(t, converse(side.clients, side.listener, netip.AddrPortFrom(a.addr, port(i)), server, token))
 				}
 			})
 		}
@@ -221,7 +222,7 @@ func port(i int) uint16 { return uint16(1024 + i%60000) }
 // forwarding database is full does.
 func (l *lab) hub() {
 	l.t.Helper()
-	check(l.t, l.node.Do(func() error {
+	must.Do(l.t, l.node.Do(func() error {
 		var never uint32
 		return netlink.LinkModify(&netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: "cni0"}, AgeingTime: &never})
 	}))
@@ -232,7 +233,7 @@ func (l *lab) hub() {
 func impostor(t *testing.T, p, other *pod, to netip.Addr) *cell {
 	t.Helper()
 	c := newCell(t, p.Pod, cellOptions{TUN: "tun0", Repair: true, Sysctls: noFilter})
-	check(t, p.Do(func() error {
+	must.Do(t, p.Do(func() error {
 		return errors.Join(takeOver(other.addr, other.mac), addRoute("tun0", netip.PrefixFrom(to, 32)))
 	}))
 	return c
@@ -260,18 +261,18 @@ func TestOverheardSYNACK(t *testing.T) {
 			evil := impostor(t, attacker, a, b.addr)
 			before := l.counters()
 			for i := range tries {
-				check(t, errors.Join(clients.prime(1), evil.prime(1)))
+				must.Do(t, errors.Join(clients.prime(1), evil.prime(1)))
 				from, number := netip.AddrPortFrom(a.addr, port(i)), rand.Uint32()
 				other, err := evil.forced(from, server, number)
-				check(t, err)
+				must.Do(t, err)
 				client, err := clients.forced(from, server, number)
-				check(t, err)
-				check(t, errors.Join(established(client), established(other)))
+				must.Do(t, err)
+				must.Do(t, errors.Join(established(client), established(other)))
 				accepted, err := accept(listener)
-				check(t, err)
-				check(t, errors.Join(send(other, "evil"), send(client, "request"), read(accepted, "request")))
-				check(t, errors.Join(send(accepted, "reply"), read(client, "reply"), silent(client), silent(accepted)))
-				check(t, errors.Join(vanish(client), vanish(other), vanish(accepted)))
+				must.Do(t, err)
+				must.Do(t, errors.Join(send(other, "evil"), send(client, "request"), read(accepted, "request")))
+				must.Do(t, errors.Join(send(accepted, "reply"), read(client, "reply"), silent(client), silent(accepted)))
+				must.Do(t, errors.Join(vanish(client), vanish(other), vanish(accepted)))
 				evil.tun.drain()
 			}
 			l.expect(before, tt.want)
@@ -294,33 +295,33 @@ func TestOverheardACK(t *testing.T) {
 	clients := newCell(t, a.Pod, cellOptions{Repair: true, Sysctls: map[string]string{"net.ipv4.tcp_timestamps": "0"}})
 	servers := newCell(t, b.Pod, cellOptions{TUN: "tun0", Repair: true})
 	listener := servers.listen(t, server)
-	check(t, unix.SetsockoptInt(listener, unix.IPPROTO_TCP, unix.TCP_DEFER_ACCEPT, 10))
+	must.Do(t, unix.SetsockoptInt(listener, unix.IPPROTO_TCP, unix.TCP_DEFER_ACCEPT, 10))
 	evil := impostor(t, attacker, b, a.addr)
 	evilListener := evil.listen(t, server)
 	const batch = 200
 	before := l.counters()
 	for round := range tries / batch {
-		check(t, errors.Join(clients.prime(batch), servers.prime(batch), evil.prime(batch)))
+		must.Do(t, errors.Join(clients.prime(batch), servers.prime(batch), evil.prime(batch)))
 		var syns [batch]segment
 		client := netip.PrefixFrom(a.addr, 32)
-		check(t, b.Do(func() error { return addRoute("tun0", client) }))
+		must.Do(t, b.Do(func() error { return addRoute("tun0", client) }))
 		number := rand.Uint32()
 		for i := range syns {
 			syns[i] = segment{src: netip.AddrPortFrom(a.addr, port(round*batch+i)), seq: rand.Uint32()}
-			check(t, errors.Join(servers.timeWait(server, syns[i].src, syns[i].seq, number), evil.timeWait(server, syns[i].src, syns[i].seq, number)))
+			must.Do(t, errors.Join(servers.timeWait(server, syns[i].src, syns[i].seq, number), evil.timeWait(server, syns[i].src, syns[i].seq, number)))
 		}
-		check(t, b.Do(func() error { return removeRoute("tun0", client) }))
+		must.Do(t, b.Do(func() error { return removeRoute("tun0", client) }))
 		for _, s := range syns {
 			client, err := clients.forced(s.src, server, s.seq)
-			check(t, err)
-			check(t, established(client))
+			must.Do(t, err)
+			must.Do(t, established(client))
 			other, err := accept(evilListener)
-			check(t, err)
-			check(t, send(client, "request"))
+			must.Do(t, err)
+			must.Do(t, send(client, "request"))
 			accepted, err := accept(listener)
-			check(t, err)
-			check(t, errors.Join(read(accepted, "request"), send(other, "evil"), send(accepted, "reply"), read(client, "reply")))
-			check(t, errors.Join(silent(client), silent(accepted), vanish(client), vanish(other), vanish(accepted)))
+			must.Do(t, err)
+			must.Do(t, errors.Join(read(accepted, "request"), send(other, "evil"), send(accepted, "reply"), read(client, "reply")))
+			must.Do(t, errors.Join(silent(client), silent(accepted), vanish(client), vanish(other), vanish(accepted)))
 		}
 		evil.tun.drain()
 	}
@@ -366,7 +367,7 @@ func TestSpoofedAddress(t *testing.T) {
 		for i := range tries {
 			s.attack(i, func(syn, answer segment) uint32 {
 				guess, err := oracle.tun.ask(syn)
-				check(t, err)
+				must.Do(t, err)
 				oracle.tun.drain()
 				if guess.seq == answer.seq {
 					known++
@@ -406,20 +407,20 @@ func newSpoof(t *testing.T, sysctls map[string]string) *spoof {
 // the server's initial sequence number.
 func (s *spoof) attack(i int, number func(syn, answer segment) uint32) {
 	s.t.Helper()
-	check(s.t, s.evil.prime(1))
+	must.Do(s.t, s.evil.prime(1))
 	sent := segment{src: netip.AddrPortFrom(s.host, port(i)), dst: s.server, flags: syn, seq: rand.Uint32()}
 	stolen, err := s.evil.forced(sent.src, s.server, sent.seq)
-	check(s.t, err)
+	must.Do(s.t, err)
 	answer, err := s.l.world.receive(func(a segment) bool { return a.flags == syn|ack && a.ack == sent.seq+1 })
-	check(s.t, err)
-	check(s.t, s.evil.tun.send(segment{src: s.server, dst: sent.src, flags: syn | ack, seq: number(sent, answer), ack: sent.seq + 1}))
-	check(s.t, established(stolen))
+	must.Do(s.t, err)
+	must.Do(s.t, s.evil.tun.send(segment{src: s.server, dst: sent.src, flags: syn | ack, seq: number(sent, answer), ack: sent.seq + 1}))
+	must.Do(s.t, established(stolen))
 	accepted, err := accept(s.listener)
-	check(s.t, err)
-	check(s.t, send(accepted, "reply"))
+	must.Do(s.t, err)
+	must.Do(s.t, send(accepted, "reply"))
 	_, err = s.l.world.receive(func(r segment) bool { return r.dst == sent.src && r.payload == "reply" })
-	check(s.t, err)
-	check(s.t, errors.Join(silent(stolen), vanish(stolen), vanish(accepted)))
+	must.Do(s.t, err)
+	must.Do(s.t, errors.Join(silent(stolen), vanish(stolen), vanish(accepted)))
 	s.l.world.drain()
 	s.evil.tun.drain()
 }
