@@ -69,7 +69,7 @@ func uring(t *testing.T, s sqe) (int, error) {
 		pin.Pin(&s.buf[0])
 		s.addr = uint64(uintptr(unsafe.Pointer(&s.buf[0])))
 	}
-	*(*struct {
+	type entry struct { // struct io_uring_sqe
 		opcode, flags uint8
 		ioprio        uint16
 		fd            int32
@@ -80,18 +80,8 @@ func uring(t *testing.T, s sqe) (int, error) {
 		personality   uint16
 		spliceFrom    int32
 		_             [2]uint64
-	})(unsafe.Pointer(&requests[0])) = struct {
-		opcode, flags uint8
-		ioprio        uint16
-		fd            int32
-		off, addr     uint64
-		len, rwFlags  uint32
-		userData      uint64
-		bufIndex      uint16
-		personality   uint16
-		spliceFrom    int32
-		_             [2]uint64
-	}{opcode: s.opcode, flags: s.flags, fd: s.fd, off: s.off, addr: s.addr, len: s.len, spliceFrom: s.spliceFrom}
+	}
+	*(*entry)(unsafe.Pointer(&requests[0])) = entry{opcode: s.opcode, flags: s.flags, fd: s.fd, off: s.off, addr: s.addr, len: s.len, spliceFrom: s.spliceFrom}
 	at := func(offset uint32) *uint32 { return (*uint32)(unsafe.Pointer(&ring[offset])) }
 	*at(p.sq.c) = 0    // the first entry is the first request
 	*at(p.sq.tail) = 1 // the kernel looks when it is entered
