@@ -1,7 +1,6 @@
 package datapath
 
 import (
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -220,55 +219,74 @@ func SwitchNode(bpffs string, off bool) (int, error) {
 	return switchAll(pinnedSwitches(root(bpffs)), off)
 }
 
-// podsCountName is the kernel's name of the pods' counters. In every layout the key
-// is a cgroup id, and the value begins with the number of live sockets.
-const podsCountName = "pods_count"
-
 // LiveInKernel is how many enrolled sockets all sets of programs in the kernel have:
-// also those whose pins are gone, or are in another mount namespace. An error says
-// what could not be counted.
+// also those whose pins are gone, or are in another mount namespace. A set whose pins
+// are gone lives on in its sockets, of which each holds the sk_msg program; that leads
+// to the sockhash. An error says what could not be counted.
 func LiveInKernel() (uint64, error) {
-	var sum uint64
 	var errs []error
-	for id, err := ebpf.MapGetNextID(0); ; id, err = ebpf.MapGetNextID(id) {
-		if errors.Is(err, fs.ErrNotExist) {
-			return sum, errors.Join(errs...)
-		}
+	sockhashes := map[ebpf.MapID]uint64{}
+	for id, err := ebpf.ProgramGetNextID(0); !errors.Is(err, fs.ErrNotExist); id, err = ebpf.ProgramGetNextID(id) {
 		if err != nil {
-			return sum, errors.Join(append(errs, fmt.Errorf("list BPF maps: %w", err))...)
+			errs = append(errs, fmt.Errorf("list BPF programs: %w", err))
+			break
 		}
-		n, err := liveInMap(id)
-		sum += n
-		if err != nil && !errors.Is(err, fs.ErrNotExist) { // gone meanwhile
-			errs = append(errs, err)
+		if err := countSockets(id, sockhashes); err != nil && !errors.Is(err, fs.ErrNotExist) { // gone meanwhile
+			errs = append(errs, fmt.Errorf("count the sockets of BPF program %d: %w", id, err))
 		}
 	}
+	var sum uint64
+	for _, n := range sockhashes {
+		sum += n
+	}
+	return sum, errors.Join(errs...)
 }
 
-// liveInMap is 0 for a map of anybody else's.
-func liveInMap(id ebpf.MapID) (uint64, error) {
-	m, err := ebpf.NewMapFromID(id)
+// countSockets adds the sockhashes of a program, if it is a sk_msg program of ours, and
+// how many sockets they have.
+func countSockets(id ebpf.ProgramID, sockhashes map[ebpf.MapID]uint64) error {
+	prog, err := ebpf.NewProgramFromID(id)
 	if err != nil {
-		return 0, fmt.Errorf("open BPF map %d: %w", id, err)
+		return err
 	}
-	defer m.Close()
-	if m.Type() != ebpf.Hash || m.KeySize() != 8 || m.ValueSize() < 8 {
-		return 0, nil
+	defer prog.Close()
+	if prog.Type() != ebpf.SkMsg {
+		return nil
 	}
-	if info, err := m.Info(); err != nil || info.Name != podsCountName {
-		return 0, err
+	info, err := prog.Info()
+	if err != nil {
+		return err
 	}
-	var key uint64
-	var sum uint64
-	value := make([]byte, m.ValueSize())
-	it := m.Iterate()
-	for it.Next(&key, &value) {
-		sum += binary.NativeEndian.Uint64(value)
+	ids, _ := info.MapIDs()
+	ours := false
+	for _, id := range ids {
+		m, err := openSwitch(id)
+		if err != nil {
+			return err
+		}
+		if m != nil {
+			ours = true
+			m.Close()
+		}
 	}
-	if err := it.Err(); err != nil {
-		return sum, fmt.Errorf("read BPF map %d: %w", id, err)
+	if !ours {
+		return nil
 	}
-	return sum, nil
+	for _, id := range ids {
+		m, err := ebpf.NewMapFromID(id)
+		if err != nil {
+			return err
+		}
+		if m.Type() == ebpf.SockHash {
+			var n int
+			n, err = countKeys(m)
+			sockhashes[id] = uint64(n)
+		}
+		if err = errors.Join(err, m.Close()); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // switchMap is what switching needs of an [ebpf.Map].

@@ -134,17 +134,22 @@ func (s *Set) Live() (uint64, error) {
 // Enrolled is how many sockets the sockhash holds.
 func (s *Set) Enrolled() (int, error) { return countKeys(s.maps[bpf.DatapathMapSocks]) }
 
+// countKeys lists a sockhash that may change meanwhile: the kernel begins again when
+// the key that it goes on from is gone (sock_hash_get_next_key()).
 func countKeys(socks *ebpf.Map) (int, error) {
-	var key, next bpf.DatapathSockKey
-	n := 0
-	for err := socks.NextKey(nil, &next); ; err = socks.NextKey(&key, &next) {
-		if errors.Is(err, ebpf.ErrKeyNotExist) {
-			return n, nil
-		}
-		if err != nil {
-			return n, fmt.Errorf("list the sockhash: %w", err)
-		}
-		key = next
-		n++
+	var next bpf.DatapathSockKey
+	keys := map[bpf.DatapathSockKey]struct{}{}
+	err := socks.NextKey(nil, &next)
+	for steps := 4 * socks.MaxEntries(); err == nil && steps > 0; steps-- {
+		keys[next] = struct{}{}
+		key := next
+		err = socks.NextKey(&key, &next)
 	}
+	if err == nil {
+		err = ebpf.ErrIterationAborted
+	}
+	if errors.Is(err, ebpf.ErrKeyNotExist) {
+		return len(keys), nil
+	}
+	return len(keys), fmt.Errorf("list the sockhash: %w", err)
 }

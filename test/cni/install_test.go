@@ -4,13 +4,17 @@ import (
 	"bytes"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"testing"
 
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
 	"github.com/containernetworking/cni/libcni"
 
+	"github.com/skipstack/skipstack/plugin/datapath"
 	"github.com/skipstack/skipstack/test/must"
 	"github.com/skipstack/skipstack/test/node"
 )
@@ -87,7 +91,19 @@ func TestOffWithoutPins(t *testing.T) {
 	client, server := s.twoPods(s.network(node.Network{}), node.PodOptions{})
 	a, b := s.connect(direct(client, server))
 	s.wantRedirected(a, b)
+	maps := mapsOf(t, s.linkPin(client.cgroupID(t)))
+	s.waitProber() // it might load another set after the reboot
 	s.reboot(true)
+	wait(t, "what only the sock_ops program had is gone", func() (string, bool) {
+		for _, id := range maps {
+			m, err := ebpf.NewMapFromID(id)
+			if errors.Is(err, fs.ErrNotExist) {
+				return "", true
+			}
+			must.Do(t, errors.Join(err, m.Close()))
+		}
+		return fmt.Sprintf("maps %v are there", maps), false
+	})
 	var got struct {
 		SwitchedOff bool   `json:"switchedOff"`
 		Sockets     uint64 `json:"sockets"`
@@ -99,4 +115,20 @@ func TestOffWithoutPins(t *testing.T) {
 	}
 	s.say(a, b)
 	s.say(b, a)
+	must.Do(t, errors.Join(a.Close(), b.Close()))
+	wait(t, "they are closed", func() (string, bool) {
+		left := must.Get(datapath.LiveInKernel())(t)
+		return fmt.Sprintf("%d enrolled sockets left of %d", left, got.Sockets), left+2 <= got.Sockets
+	})
+}
+
+// mapsOf are the maps of a pinned link's program.
+func mapsOf(t *testing.T, pin string) []ebpf.MapID {
+	t.Helper()
+	l := must.Get(link.LoadPinnedLink(pin, nil))(t)
+	defer l.Close()
+	p := must.Get(ebpf.NewProgramFromID(must.Get(l.Info())(t).Program))(t)
+	defer p.Close()
+	ids, _ := must.Get(p.Info())(t).MapIDs()
+	return ids
 }
