@@ -105,7 +105,7 @@ test-runtimes: ## As root: run pods on containerd 1.6 and 2.x, over CRI; needs a
 	$(Q)SKIPSTACK_RUNTIMES_CACHE='$(CURDIR)/.cache/runtimes' $(GOTEST) -count=1 $(TESTFLAGS) ./test/runtimes
 
 .PHONY: test-vm
-test-vm: ## Run tests on other kernels under QEMU: KERNEL=6.1, or all; VMFLAGS='-set ci' for a part; needs apt, no root
+test-vm: ## Run tests on other kernels under QEMU: KERNEL=6.1, or all; VMFLAGS='-set full' for every test there, VMFLAGS='-arch arm64'; needs apt, no root
 	$(call say,VM,$(or $(KERNEL),'all kernels'))
 	$(Q)$(GO) run ./test/vm $(if $(KERNEL),-kernel $(KERNEL)) $(REPORTFLAGS) $(VMFLAGS)
 

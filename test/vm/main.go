@@ -1,9 +1,9 @@
 // Command vm runs the project's own tests on the kernels that users have: Debian's
 // cloud kernels, in a virtual machine without hardware support (QEMU's TCG).
 //
-//	go run ./test/vm                 # all kernels
+//	go run ./test/vm                 # all kernels, what CI runs: half an hour
 //	go run ./test/vm -kernel 6.1
-//	go run ./test/vm -set ci         # a part that fits into half an hour
+//	go run ./test/vm -set full       # hours
 //
 // Time in a machine passes with the instructions that it executes, so a test of a
 // time limit means what it says, however busy the computer is, and waiting is free.
@@ -47,7 +47,7 @@ func logf(format string, args ...any) {
 
 func run(ctx context.Context, args []string, out io.Writer) int {
 	flags := flag.NewFlagSet("vm", flag.ContinueOnError)
-	set := flags.String("set", setFull, "what to run: "+setFull+", or "+setCI+", which takes half an hour on two CPUs")
+	set := flags.String("set", setCI, "what to run: "+setCI+", which takes half an hour on two CPUs, or "+setFull+", which takes hours")
 	arch := flags.String("arch", machine.AMD64, "architecture: "+machine.AMD64+" or "+machine.ARM64)
 	only := flags.String("kernel", "", "comma-separated kernels, such as 6.1; all if empty")
 	tests := flags.String("test", "", "only tests whose name matches this regular expression, as go test -run has it")
@@ -55,12 +55,18 @@ func run(ctx context.Context, args []string, out io.Writer) int {
 	cache := flags.String("cache", ".cache/vm", "where kernels and the emulator are kept")
 	results := flags.String("json", "", "write the results to this file, in the format of package test/report")
 	verbose := flags.Bool("v", false, "print what passing tests say, too")
-	limit := flags.Duration("timeout", time.Hour, "how long one kernel may take")
+	limit := flags.Duration("timeout", 0, "how long one kernel may take; 0 is an hour, or six for the full set")
 	parallel := flags.Int("parallel", min(runtime.NumCPU(), 4), "how many virtual machines run at once: each needs a CPU")
 	ownTime := flags.Bool("own-time", true, "let a machine's time pass with its instructions, so that a busy computer cannot disturb it")
 	cpus := flags.Int("cpus", 2, "CPUs of a virtual machine")
 	if err := flags.Parse(args); err != nil {
 		return 2
+	}
+	if *limit == 0 {
+		*limit = time.Hour
+		if *set == setFull {
+			*limit = 6 * time.Hour
+		}
 	}
 	match, err := regexp.Compile(*suites)
 	if err != nil {

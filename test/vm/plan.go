@@ -95,11 +95,7 @@ const (
 // suite of Debian serves them.
 func plans(set, arch string) []plan {
 	if arch == machine.ARM64 {
-		return []plan{{kernel: "6.12", modules: network, suites: []suite{
-			loads, judged(verdict.Safe, none, datapath.GuardLSM),
-			{pkg: "test/datapath", timeout: 20 * time.Minute, only: alternatives("TestGoProxies", "TestSpliceIsRefused", "TestReset"),
-				scaled: []string{"only what depends on the architecture, which is the splice guard with its system call numbers, and the end of a connection"}},
-		}}}
+		return []plan{{kernel: "6.12", modules: append([]string{"tls"}, network...), suites: on(set, verdict.Safe, none, queue)}}
 	}
 	return []plan{
 		{kernel: "5.10", modules: network, suites: []suite{refused, judged(verdict.Unsupported, 0, datapath.NoGuard), {
