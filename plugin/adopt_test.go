@@ -3,6 +3,7 @@ package plugin
 import (
 	"errors"
 	"reflect"
+	"slices"
 	"testing"
 	"time"
 
@@ -18,12 +19,12 @@ func TestAdopt(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	// wantStarted wants a prober that loads the datapath. An ADD whose time is up
-	// while it cleans up starts a second one, which finds the probe lock taken.
+	// wantStarted wants a prober that loads the datapath. An ADD that cannot load it,
+	// and leaves its pod for later, starts a second one, which finds the probe lock taken.
 	wantStarted := func(t *testing.T, b *bench) {
 		t.Helper()
-		if starts := b.prober.starts; len(starts) == 0 || !starts[len(starts)-1] {
-			t.Errorf("prober started %v", b.prober.starts)
+		if starts := b.prober.starts; len(starts) == 0 || slices.Contains(starts, false) {
+			t.Errorf("prober started %v", starts)
 		}
 	}
 	// late makes an ADD fail because the datapath is being loaded.
@@ -39,7 +40,7 @@ func TestAdopt(t *testing.T) {
 		delete(b.datapath.fail, "Load")
 		return b
 	}
-	t.Run("adopted", func(t *testing.T) {
+	timed(t, "adopted", func(t *testing.T) {
 		r := request{conf: `"excludePorts":[80]`}
 		b := late(t, r)
 		probe(t, b)
@@ -58,14 +59,14 @@ func TestAdopt(t *testing.T) {
 		b.mustDel(r)
 		b.wantNothing()
 	})
-	t.Run("load by hand", func(t *testing.T) {
+	timed(t, "load by hand", func(t *testing.T) {
 		b := late(t, request{})
 		if _, err := b.node().Load(t.Context(), b.config()); err != nil {
 			t.Fatal(err)
 		}
 		b.wantRecord(request{}, attachment.Attached, "")
 	})
-	t.Run("lock busy", func(t *testing.T) {
+	timed(t, "lock busy", func(t *testing.T) {
 		b := newBench(t)
 		b.budget = 200 * time.Millisecond
 		lock, err := b.store().Lock(t.Context())
@@ -82,7 +83,7 @@ func TestAdopt(t *testing.T) {
 		b.wantRecord(request{}, attachment.Attached, "")
 		b.wantLinks(101)
 	})
-	t.Run("lock held for long", func(t *testing.T) {
+	timed(t, "lock held for long", func(t *testing.T) {
 		b := late(t, request{})
 		lock, err := b.store().Lock(t.Context())
 		if err != nil {
@@ -96,7 +97,7 @@ func TestAdopt(t *testing.T) {
 		}
 		b.wantRecord(request{}, attachment.Attached, "")
 	})
-	t.Run("by a sweep", func(t *testing.T) {
+	timed(t, "by a sweep", func(t *testing.T) {
 		b := late(t, request{})
 		if err := b.node().Sweep(t.Context(), b.config()); err != nil {
 			t.Fatal(err)
@@ -108,7 +109,7 @@ func TestAdopt(t *testing.T) {
 		}
 		b.wantRecord(request{}, attachment.Attached, "")
 	})
-	t.Run("killed while it loads", func(t *testing.T) {
+	timed(t, "killed while it loads", func(t *testing.T) {
 		b := newBench(t)
 		b.budget = 200 * time.Millisecond
 		b.verdicts.cached, b.verdicts.probed = nil, safe()
@@ -120,7 +121,7 @@ func TestAdopt(t *testing.T) {
 		close(stuck)
 	})
 	// The run directory outlives a reboot here, and the runtime has not sent DELs.
-	t.Run("killed while it loads after a reboot", func(t *testing.T) {
+	timed(t, "killed while it loads after a reboot", func(t *testing.T) {
 		for _, id := range []uint64{101, 104} { // cgroups are numbered anew
 			b := newBench(t)
 			b.mustAdd(request{})
@@ -143,7 +144,7 @@ func TestAdopt(t *testing.T) {
 			close(stuck)
 		}
 	})
-	t.Run("earlier attachment that cannot be undone", func(t *testing.T) {
+	timed(t, "earlier attachment that cannot be undone", func(t *testing.T) {
 		b := newBench(t)
 		b.mustAdd(request{})
 		b.datapath.reboot()
@@ -152,13 +153,13 @@ func TestAdopt(t *testing.T) {
 		b.wantRecord(request{}, attachment.Attached, "")
 		b.wantLinks(101)
 	})
-	t.Run("deleted", func(t *testing.T) {
+	timed(t, "deleted", func(t *testing.T) {
 		b := late(t, request{})
 		b.mustDel(request{})
 		probe(t, b)
 		b.wantNothing()
 	})
-	t.Run("deleted without the lock", func(t *testing.T) {
+	timed(t, "deleted without the lock", func(t *testing.T) {
 		for _, at := range []string{"BPFFSIdentity", "Attach", "SetPod"} {
 			b := late(t, request{})
 			b.datapath.during = func(op string) {
@@ -173,7 +174,7 @@ func TestAdopt(t *testing.T) {
 			b.wantNothing()
 		}
 	})
-	t.Run("left half attached", func(t *testing.T) {
+	timed(t, "left half attached", func(t *testing.T) {
 		b := late(t, request{})
 		rec, _ := b.record(request{})
 		rec.Status, rec.CgroupID, rec.CgroupPath, rec.Settings = attachment.Attaching, 101, "/pod-a", rec.Pending.Settings
@@ -185,14 +186,14 @@ func TestAdopt(t *testing.T) {
 		b.wantRecord(request{}, attachment.Attached, "")
 		b.wantLinks(101)
 	})
-	t.Run("cgroup of another pod", func(t *testing.T) {
+	timed(t, "cgroup of another pod", func(t *testing.T) {
 		b := late(t, request{})
 		b.cgroups.ids["pod-a"] = 103
 		probe(t, b)
 		b.wantRecord(request{}, attachment.Skipped, "busy: ")
 		b.wantLinks()
 	})
-	t.Run("one cannot be attached", func(t *testing.T) {
+	timed(t, "one cannot be attached", func(t *testing.T) {
 		b := late(t, request{})
 		b.datapath.fail["Load"] = datapath.ErrBusy
 		b.mustAdd(request{container: "c2", cgroup: "pod-b"})
@@ -205,7 +206,7 @@ func TestAdopt(t *testing.T) {
 		b.wantRecord(request{container: "c2"}, attachment.Attached, "")
 		b.wantLinks(102)
 	})
-	t.Run("attaching fails", func(t *testing.T) {
+	timed(t, "attaching fails", func(t *testing.T) {
 		b := late(t, request{})
 		b.datapath.fail["Attach"] = errors.New("EPERM")
 		if _, err := b.node().Probe(t.Context(), b.config(), true, nil); err == nil {
@@ -216,7 +217,7 @@ func TestAdopt(t *testing.T) {
 		probe(t, b)
 		b.wantRecord(request{}, attachment.Attached, "")
 	})
-	t.Run("not supported", func(t *testing.T) {
+	timed(t, "not supported", func(t *testing.T) {
 		b := late(t, request{})
 		b.verdicts.probed = &Verdict{Summary: "unsupported: order"}
 		probe(t, b)
@@ -225,7 +226,7 @@ func TestAdopt(t *testing.T) {
 			t.Errorf("record %+v", rec)
 		}
 	})
-	t.Run("pods that fail are made anew", func(t *testing.T) {
+	timed(t, "pods that fail are made anew", func(t *testing.T) {
 		b := newBench(t)
 		b.datapath.fail["Load"] = datapath.ErrBusy
 		if _, err := b.add(request{conf: `"onError":"fail"`}); err == nil {
@@ -235,7 +236,7 @@ func TestAdopt(t *testing.T) {
 			t.Errorf("record %+v", rec)
 		}
 	})
-	t.Run("mode off", func(t *testing.T) {
+	timed(t, "mode off", func(t *testing.T) {
 		b := newBench(t)
 		b.datapath.fail["Load"] = datapath.ErrBusy
 		b.mustAdd(request{conf: `"mode":"off"`})

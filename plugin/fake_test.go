@@ -15,6 +15,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/containernetworking/cni/pkg/skel"
@@ -390,6 +391,12 @@ func (b *syncBuffer) take() []string {
 		return nil
 	}
 	return strings.Split(s, "\n")
+}
+
+// timed runs a test in which time passes only while all wait for it, so that a budget
+// ends when something is stuck, and not because the machine is busy.
+func timed(t *testing.T, name string, f func(t *testing.T)) {
+	t.Run(name, func(t *testing.T) { synctest.Test(t, f) })
 }
 
 func newBench(t *testing.T) *bench {

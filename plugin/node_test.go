@@ -10,18 +10,14 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"time"
+	"testing/synctest"
 
 	"github.com/skipstack/skipstack/plugin/attachment"
 	"github.com/skipstack/skipstack/plugin/datapath"
 	"github.com/skipstack/skipstack/plugin/podcgroup"
 )
 
-func (b *bench) node() *Node {
-	n := NewNode(b.deps())
-	n.lockWait, n.probeWait = 200*time.Millisecond, 200*time.Millisecond
-	return n
-}
+func (b *bench) node() *Node { return NewNode(b.deps()) }
 
 func TestLoad(t *testing.T) {
 	risky := &Verdict{Supported: true, Node: datapath.NodeSettings{Open: true, Risks: datapath.RiskSplice, Funnel: true}}
@@ -168,7 +164,9 @@ func TestProbe(t *testing.T) {
 }
 
 // One prober at a time, and none beside load and unload.
-func TestProbeLock(t *testing.T) {
+func TestProbeLock(t *testing.T) { synctest.Test(t, probeLock) }
+
+func probeLock(t *testing.T) {
 	b := newBench(t)
 	held, err := lockProbe(t.Context(), b.runDir)
 	if err != nil {
@@ -300,7 +298,7 @@ func TestUnload(t *testing.T) {
 		}
 		b.wantRecord(r, attachment.Attached, "")
 	})
-	t.Run("lock is stuck", func(t *testing.T) {
+	timed(t, "lock is stuck", func(t *testing.T) {
 		b := newBench(t)
 		lock, err := b.store().Lock(t.Context())
 		if err != nil {

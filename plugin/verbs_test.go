@@ -11,6 +11,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/containernetworking/cni/pkg/types"
@@ -197,7 +198,9 @@ func TestTwoAttachmentsOnOneCgroup(t *testing.T) {
 }
 
 // The lock is held for every decision over a pod, and not while programs load.
-func TestLockDiscipline(t *testing.T) {
+func TestLockDiscipline(t *testing.T) { synctest.Test(t, lockDiscipline) }
+
+func lockDiscipline(t *testing.T) {
 	b := newBench(t)
 	var mu sync.Mutex
 	held := map[string][]bool{}
@@ -504,7 +507,7 @@ func TestGC(t *testing.T) {
 		}
 		b.wantLinks(101)
 	})
-	t.Run("lock is stuck", func(t *testing.T) {
+	timed(t, "lock is stuck", func(t *testing.T) {
 		b := fill(t)
 		lock, err := b.store().Lock(t.Context())
 		if err != nil {
