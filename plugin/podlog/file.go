@@ -27,9 +27,10 @@ const maxTurns = 10
 type file struct {
 	path    string
 	maxSize int64
-	f       *os.File // nil: not open
-	hurry   bool     // the lock was not to be had: do not wait for it again
-	stuck   error    // the file is full and cannot be rotated: do not try again
+	wait    time.Duration // for the lock, see lockWait
+	f       *os.File      // nil: not open
+	hurry   bool          // the lock was not to be had: do not wait for it again
+	stuck   error         // the file is full and cannot be rotated: do not try again
 }
 
 func (l *file) write(line []byte) error {
@@ -54,7 +55,7 @@ func (l *file) write(line []byte) error {
 // writeOnce writes to the open file unless that is, or has to be, renamed;
 // then the line is for the next file.
 func (l *file) writeOnce(line []byte) (again bool, err error) {
-	wait := lockWait
+	wait := l.wait
 	if l.hurry {
 		wait = 0
 	}
@@ -90,7 +91,7 @@ func (l *file) writeOnce(line []byte) (again bool, err error) {
 	}
 	if size > l.maxSize+slack {
 		// Only now it is worth while to wait for the lock once more.
-		locked, err = flockWithin(l.f, lockWait)
+		locked, err = flockWithin(l.f, l.wait)
 		if err == nil && !locked {
 			l.stuck = fmt.Errorf("%s is full, and another process keeps it locked", l.path)
 			err = l.stuck

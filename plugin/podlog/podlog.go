@@ -80,20 +80,26 @@ func ParseLevel(name string) (slog.Level, error) {
 // the attribute container must be the same too. Debug lines are all written.
 // The next line that is written says how many were suppressed before it.
 func New(o Options) (*slog.Logger, io.Closer) {
-	return newLog(o, maxSize, time.Now)
+	return newLog(o, limits{maxSize, lockWait}, time.Now)
 }
 
-func newLog(o Options, size int64, now func() time.Time) (*slog.Logger, io.Closer) {
+// limits are others in tests.
+type limits struct {
+	size int64         // see maxSize
+	wait time.Duration // see lockWait
+}
+
+func newLog(o Options, l limits, now func() time.Time) (*slog.Logger, io.Closer) {
 	if o.Stderr == nil {
 		o.Stderr = io.Discard
 	}
 	s := &sink{stderr: o.Stderr}
 	if o.File != "" {
-		s.file = &file{path: o.File, maxSize: size}
+		s.file = &file{path: o.File, maxSize: l.size, wait: l.wait}
 	}
 	h := &handler{inner: slog.NewTextHandler(s, &slog.HandlerOptions{Level: o.Level})}
 	if o.RunDir != "" {
-		h.limit = &limiter{runDir: o.RunDir, now: now}
+		h.limit = &limiter{runDir: o.RunDir, wait: l.wait, now: now}
 	}
 	// The complaint goes past the file, but is limited like any other.
 	complaints := *h

@@ -30,6 +30,7 @@ const (
 // limiter counts repeats in the run directory.
 type limiter struct {
 	runDir string
+	wait   time.Duration // for the lock, see lockWait
 	now    func() time.Time
 
 	mu     sync.Mutex
@@ -62,7 +63,7 @@ func (l *limiter) count(key [keyLen]byte) (ok bool, suppressed uint64, err error
 		return false, 0, err
 	}
 	defer f.Close()
-	locked, err := flockWithin(f, lockWait)
+	locked, err := flockWithin(f, l.wait)
 	if err != nil {
 		return false, 0, err
 	}
