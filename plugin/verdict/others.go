@@ -245,6 +245,10 @@ func (o *others) cgroup(path string, at Other) error {
 	}
 	o.seen[st.Ino] = true
 	ids, flags, err := queryPrograms(fd, ebpf.AttachCGroupSockOps)
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENODEV) {
+		// Removed since it was opened: css_tryget_online_from_dir(), kernel/cgroup/cgroup.c.
+		return nil
+	}
 	if err != nil {
 		return fmt.Errorf("list the sock_ops programs of cgroup %s: %w", path, err)
 	}

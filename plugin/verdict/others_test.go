@@ -210,6 +210,19 @@ func TestOtherSockMap(t *testing.T) {
 	}
 }
 
+// A cgroup that goes while it is looked at is passed over.
+func TestCgroupRemovedMeanwhile(t *testing.T) {
+	path := child(t, cgroupRoot(t), "pod")
+	dir := openDir(t, path)
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
+	}
+	o := &others{progs: map[ebpf.ProgramID]*program{}, seen: map[uint64]bool{}}
+	if err := o.cgroup(fmt.Sprintf("/proc/self/fd/%d", dir.Fd()), Other{}); err != nil || len(o.seen) != 1 {
+		t.Errorf("%v, looked at %d", err, len(o.seen))
+	}
+}
+
 func TestOthersEnds(t *testing.T) {
 	root := cgroupRoot(t)
 	ctx, cancel := context.WithCancel(context.Background())

@@ -54,8 +54,10 @@ func (l lab) until(d time.Duration, check func() (bool, error)) (bool, error) {
 		end = l.deadline
 	}
 	for {
+		// Before the check, which so comes once more after a stall.
+		over := time.Now().After(end)
 		ok, err := check()
-		if ok || err != nil || time.Now().After(end) {
+		if ok || err != nil || over {
 			return ok, err
 		}
 		time.Sleep(200 * time.Microsecond)
