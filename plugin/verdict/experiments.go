@@ -501,7 +501,12 @@ func flood(l lab) (finding, error) {
 		}
 		f.Unread += len(msg)
 	}
-	if f.Charged, err = charged(server); err != nil {
+	// What is redirected is charged at once; TCP may take a moment to deliver.
+	_, err = l.until(l.settle, func() (bool, error) {
+		f.Charged, err = charged(server)
+		return f.Charged >= f.Unread, err
+	})
+	if err != nil {
 		return f, err
 	}
 	f.Accepted = f.Unread

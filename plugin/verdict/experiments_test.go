@@ -131,7 +131,7 @@ func TestWakerSees(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			w := waker{lab: testLab()}
-			w.settle = 20 * time.Millisecond
+			w.settle = 200 * time.Millisecond
 			var err error
 			if w.client, w.server, err = w.connect(overIPv4()); err != nil {
 				t.Fatal(err)
@@ -203,7 +203,7 @@ func serveRequests(t *testing.T, table map[string]experiment, requests ...reques
 		if code != 0 {
 			t.Errorf("exit code %d", code)
 		}
-	case <-time.After(10 * time.Second):
+	case <-time.After(time.Minute):
 		t.Error("the worker outlives its parent")
 	}
 	return replies
@@ -247,7 +247,7 @@ func TestServeEnds(t *testing.T) {
 	requests.Close()
 	select {
 	case <-exit:
-	case <-time.After(10 * time.Second):
+	case <-time.After(time.Minute):
 		t.Error("the worker outlives its parent")
 	}
 }

@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -72,14 +73,44 @@ var kernels = []thisKernel{
 	},
 }
 
+// runUntil repeats Run until it has told what it must, as its callers do: on a machine
+// that stalls, a probe may run out of time. A verdict that never tells is returned, too.
+func runUntil(t *testing.T, env Env, told func(v *Verdict) bool) (*Verdict, error) {
+	t.Helper()
+	for tries := 10; ; tries-- {
+		start := time.Now()
+		v, err := Run(context.Background(), env)
+		if err != nil {
+			return nil, err
+		}
+		t.Logf("%s in %v: %s, funnel %v", v.Kernel, time.Since(start).Round(time.Millisecond), v, v.Funnel)
+		if tries == 1 || told(v) {
+			return v, nil
+		}
+		t.Logf("once more: %+v", v.Probes)
+	}
+}
+
+// conclusive tells if the probes that need no guard could all tell.
+func conclusive(v *Verdict) bool { return othersTold(v, "") }
+
+// othersTold tells it of all but one.
+func othersTold(v *Verdict, probe string) bool {
+	return !slices.ContainsFunc(v.Probes, func(p Probe) bool {
+		return !depends(p.Name, probe) && p.Result == CouldNotTell
+	})
+}
+
+// depends tells if a probe's outcome need not be OK where that of another is not.
+func depends(name, other string) bool {
+	return name == other || name == ProbeSplice || name == ProbeMPTCP && other == ProbeFIONREAD
+}
+
 func TestRun(t *testing.T) {
-	root := cgroupRoot(t)
-	start := time.Now()
-	v, err := Run(context.Background(), Env{CgroupRoot: root})
+	v, err := runUntil(t, Env{CgroupRoot: cgroupRoot(t)}, conclusive)
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Logf("%s in %v: %s, funnel %v", v.Kernel, time.Since(start).Round(time.Millisecond), v, v.Funnel)
 	for _, p := range v.Probes {
 		t.Logf("%s: %s: %s", p.Name, p.Result, p.Detail)
 		if p.Detail == "" || strings.Contains(p.Detail, "\n") {
@@ -126,7 +157,7 @@ func TestRunTwiceAtOnce(t *testing.T) {
 	for i := range verdicts {
 		wg.Go(func() {
 			var err error
-			if verdicts[i], err = Run(context.Background(), Env{CgroupRoot: root}); err != nil {
+			if verdicts[i], err = runUntil(t, Env{CgroupRoot: root}, conclusive); err != nil {
 				t.Error(err)
 			}
 		})
@@ -169,7 +200,10 @@ func TestJudge(t *testing.T) {
 		"counts all":        {ProbeFIONREAD, OK, "and bytes that came by TCP", Risky, splice},
 	} {
 		t.Run(fake, func(t *testing.T) {
-			v := runFake(t, fake)
+			v := runFake(t, fake, func(v *Verdict) bool {
+				p := v.probe(tc.probe)
+				return othersTold(v, tc.probe) && (p.Result != CouldNotTell || strings.Contains(p.Detail, tc.detail))
+			})
 			p := v.probe(tc.probe)
 			if p.Result != tc.result || !strings.Contains(p.Detail, tc.detail) {
 				t.Errorf("%+v", p)
@@ -188,9 +222,9 @@ func TestJudge(t *testing.T) {
 	}
 }
 
-func runFake(t *testing.T, fake string) *Verdict {
+func runFake(t *testing.T, fake string, told func(*Verdict) bool) *Verdict {
 	t.Helper()
-	v, err := Run(context.Background(), Env{CgroupRoot: cgroupRoot(t), workerArgs: []string{fakeWorkerArg, fake}})
+	v, err := runUntil(t, Env{CgroupRoot: cgroupRoot(t), workerArgs: []string{fakeWorkerArg, fake}}, told)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -200,7 +234,7 @@ func runFake(t *testing.T, fake string) *Verdict {
 // TestOrderTriesAgain: rounds in which nearly all went one way, as on a busy
 // machine, are not the last.
 func TestOrderTriesAgain(t *testing.T) {
-	v := runFake(t, "one mode at first")
+	v := runFake(t, "one mode at first", conclusive)
 	if p := v.probe(ProbeOrder); p.Result != OK {
 		t.Errorf("%+v", p)
 	}
@@ -213,7 +247,7 @@ func TestOrderTriesAgain(t *testing.T) {
 func othersOK(t *testing.T, v *Verdict, probe string) {
 	t.Helper()
 	for _, p := range v.Probes {
-		if p.Name != probe && p.Name != ProbeSplice && p.Result != OK && !(p.Name == ProbeMPTCP && probe == ProbeFIONREAD) {
+		if !depends(p.Name, probe) && p.Result != OK {
 			t.Errorf("%+v", p)
 		}
 	}
@@ -228,7 +262,9 @@ func TestHangingProbe(t *testing.T) {
 		expWake:     ProbeEpoll,
 	} {
 		t.Run(experiment, func(t *testing.T) {
-			v := runFake(t, "hang "+experiment)
+			v := runFake(t, "hang "+experiment, func(v *Verdict) bool {
+				return othersTold(v, probe) && strings.Contains(v.probe(probe).Detail, "no answer")
+			})
 			if p := v.probe(probe); p.Result != CouldNotTell || !strings.Contains(p.Detail, "no answer") {
 				t.Errorf("%+v", p)
 			}
@@ -252,8 +288,9 @@ func TestEveryProbeHangs(t *testing.T) {
 			t.Errorf("%+v", p)
 		}
 	}
-	// Less than three seconds on an ordinary machine.
-	if d := time.Since(start); d > slowest*budget {
+	// Less than three seconds on an ordinary machine. The slowest has its times to the
+	// full, and starts and ends slowly.
+	if d := time.Since(start); d > 2*slowest*budget {
 		t.Errorf("took %v", d)
 	} else {
 		t.Logf("took %v", d.Round(time.Millisecond))
@@ -263,7 +300,7 @@ func TestEveryProbeHangs(t *testing.T) {
 // waitFor waits for a condition that must come about.
 func waitFor(t *testing.T, what string, check func() bool) {
 	t.Helper()
-	for end := time.Now().Add(20 * time.Second); !check(); {
+	for end := time.Now().Add(time.Minute); !check(); {
 		if time.Now().After(end) {
 			t.Fatalf("waited in vain for %s", what)
 		}
@@ -333,19 +370,25 @@ func TestCancel(t *testing.T) {
 // run removes the cgroup.
 func TestKilled(t *testing.T) {
 	root := cgroupRoot(t)
-	cmd := exec.Command("/proc/self/exe", runArg, root, fakeWorkerArg, "hang")
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
 	var pids []int
-	waitFor(t, "the worker", func() bool {
-		pids = workers(t, root)
-		return len(pids) > 0
-	})
-	if err := cmd.Process.Kill(); err != nil {
-		t.Fatal(err)
+	for {
+		cmd := exec.Command("/proc/self/exe", runArg, root, fakeWorkerArg, "hang")
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		waitFor(t, "the worker", func() bool {
+			pids = workers(t, root)
+			return len(pids) > 0
+		})
+		if err := cmd.Process.Kill(); err != nil {
+			t.Fatal(err)
+		}
+		_ = cmd.Wait()
+		if !cmd.ProcessState.Exited() {
+			break
+		}
+		// It had ended, and cleaned up: this process was not let run meanwhile.
 	}
-	_ = cmd.Wait()
 	waitFor(t, "the worker's end", func() bool { return gone(pids[0]) })
 	left := children(t, root)
 	if len(left) != 1 {
@@ -383,7 +426,7 @@ func TestSweep(t *testing.T) {
 			t.Errorf("%s: %v", dir, err)
 		}
 	}
-	if err := errors.Join(live.remove(20*time.Second), os.Remove(foreign)); err != nil {
+	if err := errors.Join(live.remove(time.Minute), os.Remove(foreign)); err != nil {
 		t.Error(err)
 	}
 }
