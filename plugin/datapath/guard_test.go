@@ -213,7 +213,7 @@ func (s *guardSite) wantRefused(when string, n uint64) {
 // eventually waits until the condition holds.
 func (s *guardSite) eventually(what string, holds func() bool) {
 	s.t.Helper()
-	for end := time.Now().Add(20 * time.Second); !holds(); time.Sleep(10 * time.Millisecond) {
+	for end := time.Now().Add(time.Minute); !holds(); time.Sleep(10 * time.Millisecond) {
 		if time.Now().After(end) {
 			s.t.Fatalf("waited in vain until %s: %v", what, tree(s.t, s.bpffs))
 		}

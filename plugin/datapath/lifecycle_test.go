@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/skipstack/skipstack/bpf"
+	"github.com/skipstack/skipstack/test/must"
 	"github.com/skipstack/skipstack/test/node"
 )
 
@@ -235,10 +236,7 @@ func TestDamagedPinsAreReplaced(t *testing.T) {
 func TestAttachIsIdempotentAndSweptWithItsCgroup(t *testing.T) {
 	bpffs := newBPFFS(t)
 	s := mustLoad(t, bpffs)
-	path := filepath.Join(cgroupRoot(t), "skipstack-test-sweep")
-	if err := os.Mkdir(path, 0o755); err != nil {
-		t.Fatal(err)
-	}
+	path := must.Get(os.MkdirTemp(cgroupRoot(t), "skipstack-test-sweep-"))(t)
 	defer os.Remove(path)
 	f, err := os.Open(path)
 	if err != nil {
@@ -274,18 +272,12 @@ func TestAttachIsIdempotentAndSweptWithItsCgroup(t *testing.T) {
 		t.Fatal(err)
 	}
 	// The kernel detaches a link when it frees the cgroup, a little later.
-	deadline := time.Now().Add(10 * time.Second)
-	for {
-		if has, err := HasLink(bpffs, st.Ino); err != nil {
-			t.Fatal(err)
-		} else if !has {
-			break
+	must.Wait(t, time.Minute, 10*time.Millisecond, func() error {
+		if must.Get(HasLink(bpffs, st.Ino))(t) {
+			return errors.New("the link outlives its cgroup")
 		}
-		if time.Now().After(deadline) {
-			t.Fatal("the link outlives its cgroup")
-		}
-		time.Sleep(10 * time.Millisecond)
-	}
+		return nil
+	})
 	if err := Sweep(bpffs, 0); err != nil {
 		t.Fatal(err)
 	}

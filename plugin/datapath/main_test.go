@@ -9,11 +9,14 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/skipstack/skipstack/test/must"
 )
 
 // scenarios run in a process of their own, which is born in a cgroup and a
@@ -72,9 +75,14 @@ func newCgroup(t *testing.T, name string) (*os.File, uint64) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		if err := os.Remove(path); err != nil {
-			t.Error(err)
-		}
+		// The kernel may need a moment until it counts a reaped process as gone.
+		must.Wait(t, time.Minute, time.Millisecond, func() error {
+			err := os.Remove(path)
+			if !errors.Is(err, unix.EBUSY) {
+				must.Do(t, err)
+			}
+			return err
+		})
 	})
 	f, err := os.Open(path)
 	if err != nil {
