@@ -51,7 +51,7 @@ func removeCgroup(t *testing.T, path string) {
 		t.Errorf("list %s: %v", path, err)
 	}
 	for i := len(dirs) - 1; i >= 0; i-- {
-		deadline := time.Now().Add(5 * time.Second)
+		deadline := time.Now().Add(time.Minute)
 		for err = unix.Rmdir(dirs[i]); err == unix.EBUSY && time.Now().Before(deadline); err = unix.Rmdir(dirs[i]) {
 			time.Sleep(time.Millisecond)
 		}
