@@ -19,6 +19,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	"sigs.k8s.io/yaml"
 
+	"github.com/skipstack/skipstack/plugin/attachment"
 	"github.com/skipstack/skipstack/plugin/datapath"
 	"github.com/skipstack/skipstack/test/node"
 )
@@ -49,7 +50,8 @@ func newPodPair(t *testing.T, annotations map[string]string) *podPair {
 	return p
 }
 
-// waitOpen waits until the kernel's verdict has opened the node's gate.
+// waitOpen waits until the kernel's verdict has opened the node's gate, and the pods that
+// an ADD had no time for are attached, too.
 func (p *podPair) waitOpen(t *testing.T) {
 	t.Helper()
 	eventually(t, "the node's gate opens", func() error {
@@ -63,6 +65,18 @@ func (p *podPair) waitOpen(t *testing.T) {
 			err = errors.New("it is closed")
 		}
 		return err
+	})
+	eventually(t, "the pods are attached", func() error {
+		records, err := attachment.NewStore(p.node.RunDir).List()
+		if err != nil || len(records) != 2 {
+			return fmt.Errorf("records %+v, %v", records, err)
+		}
+		for _, r := range records {
+			if r.Status != attachment.Attached {
+				return fmt.Errorf("%s: %s (%s)", r.PodName, r.Status, r.Reason)
+			}
+		}
+		return nil
 	})
 }
 

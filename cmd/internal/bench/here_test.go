@@ -79,15 +79,19 @@ func clean(t *testing.T, n *node.Node, leases string) {
 			}
 		}
 	}
-	links, err := netlink.LinkList()
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, l := range links {
-		if l.Type() == "veth" {
-			t.Errorf("left: link %s", l.Attrs().Name)
+	// The kernel removes a namespace's links a moment after the namespace.
+	eventually(t, "no pod's link is left", func() error {
+		links, err := netlink.LinkList()
+		if err != nil {
+			return err
 		}
-	}
+		for _, l := range links {
+			if l.Type() == "veth" {
+				return fmt.Errorf("left: link %s", l.Attrs().Name)
+			}
+		}
+		return nil
+	})
 }
 
 func TestHere(t *testing.T) {

@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"slices"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -178,14 +179,16 @@ func TestBudget(t *testing.T) {
 	// 100 s are left over when 20 further points have their pairs: half of the points
 	// get half of them.
 	limit := p.base(20) + 3*time.Second + end + 100*time.Second
-	b := budget{start: time.Now(), limit: limit}
-	if got := time.Until(b.until(p, 20, 20, 3*time.Second)); got < 49*time.Second || got > 51*time.Second {
-		t.Errorf("%v for more pairs, want 50s", got)
-	}
-	b.start = b.start.Add(-limit)
-	if got := time.Until(b.until(p, 20, 20, 0)); got > 0 {
-		t.Errorf("%v for more pairs, though the time is over", got)
-	}
+	synctest.Test(t, func(t *testing.T) {
+		b := budget{start: time.Now(), limit: limit}
+		if got := time.Until(b.until(p, 20, 20, 3*time.Second)); got != 50*time.Second {
+			t.Errorf("%v for more pairs, want 50s", got)
+		}
+		b.start = b.start.Add(-limit)
+		if got := time.Until(b.until(p, 20, 20, 0)); got != 0 {
+			t.Errorf("%v for more pairs, though the time is over", got)
+		}
+	})
 }
 
 // TestRefine measures over the loopback: as many pairs as there may be where

@@ -136,6 +136,7 @@ func TestGenerators(t *testing.T) {
 			t.Run(fmt.Sprintf("%s nonblocking %v", p, nonBlocking), func(t *testing.T) {
 				r := testRunner(t, newLoopbackSite(t))
 				r.parameters.NonBlocking = nonBlocking
+				start := time.Now()
 				m, _, err := r.run(t.Context(), p, false, false)
 				if err != nil {
 					t.Fatal(err)
@@ -156,7 +157,7 @@ func TestGenerators(t *testing.T) {
 					if want := uint64(p.RequestBytes) * n; n == 0 || m.client.Sent < want {
 						t.Errorf("%d transactions, %d bytes sent", n, m.client.Sent)
 					}
-					if q := time.Duration(m.client.Latency.quantile(0.5)); q <= 0 || q > r.parameters.Length {
+					if q := time.Duration(m.client.Latency.quantile(0.5)); q <= 0 || q > r.parameters.Length+time.Since(start) { // a machine that stalls may do one in a run
 						t.Errorf("median latency %v", q)
 					}
 				} else if m.server.Read == 0 || m.server.Read > m.server.Received {
@@ -234,7 +235,7 @@ func TestKilledWorkerEndsTheRun(t *testing.T) {
 		time.AfterFunc(20*time.Millisecond, func() { _ = s.started[victim].Process.Kill() })
 		start := time.Now()
 		_, _, err := r.run(t.Context(), point(RequestResponse, 64, 64), false, false)
-		if err == nil || !strings.Contains(err.Error(), "worker ") || time.Since(start) > 10*time.Second {
+		if err == nil || !strings.Contains(err.Error(), "worker ") || time.Since(start) > r.parameters.Length/2 {
 			t.Errorf("worker %d killed: %v after %v", victim, err, time.Since(start))
 		}
 	}
