@@ -115,15 +115,17 @@ func TestUsageErrors(t *testing.T) {
 	}
 }
 
+type disturbance struct {
+	name    string
+	after   string                             // the line on standard error that it is disturbed after
+	disturb func(t *testing.T, bench int) bool // false: it came too late
+	want    string
+}
+
 // TestDisturbed ends the bench, or one of its workers, at different points.
 func TestDisturbed(t *testing.T) {
 	node.Need(t)
-	for _, c := range []struct {
-		name    string
-		after   string // the line on standard error that it is disturbed after
-		disturb func(t *testing.T, bench int)
-		want    string
-	}{
+	for _, c := range []disturbance{
 		{"SIGINT while it begins", "making a private node", signalTo(unix.SIGINT, false), "interrupted"},
 		{"SIGTERM while the kernel is probed", "making a private node", whileProbing(signalTo(unix.SIGTERM, false)), "interrupted"},
 		{"SIGTERM while measuring", "data verified", signalTo(unix.SIGTERM, false), "interrupted"},
@@ -132,84 +134,99 @@ func TestDisturbed(t *testing.T) {
 		{"worker killed", "data verified", killWorker, "signal: killed"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			cmd := program("--quick", "--cni-path="+node.ProgramDir())
-			var out bytes.Buffer
-			cmd.Stdout = &out
-			stderr, err := cmd.StderrPipe()
-			if err != nil {
-				t.Fatal(err)
-			}
-			if err := cmd.Start(); err != nil {
-				t.Fatal(err)
-			}
-			var said strings.Builder
-			disturbed := false
-			for lines := bufio.NewScanner(stderr); lines.Scan(); {
-				fmt.Fprintln(&said, lines.Text())
-				if !disturbed && strings.Contains(lines.Text(), c.after) {
-					c.disturb(t, cmd.Process.Pid)
-					disturbed = true
+			for tries := 1; !disturbed(t, c); tries++ {
+				if tries == 5 {
+					t.Fatal("the moment to disturb it at was missed each time")
 				}
 			}
-			err = cmd.Wait()
-			if code := cmd.ProcessState.ExitCode(); code != ExitNotProven {
-				t.Errorf("exit code %d (%v), want %d", code, err, ExitNotProven)
-			}
-			if !disturbed || !strings.Contains(said.String(), c.want) || strings.Contains(out.String(), "proven for every point") {
-				t.Errorf("it said %q, want %q", said.String(), c.want)
-			}
-			if n := strings.Count(said.String(), "skipstack: "); n != 1 {
-				t.Errorf("%d error messages:\n%s", n, said.String())
-			}
-			nothingLeft(t)
 		})
 	}
 }
 
-func signalTo(s unix.Signal, group bool) func(*testing.T, int) {
-	return func(t *testing.T, pid int) {
+// disturbed runs the bench, and returns false if the moment to disturb it at was missed.
+func disturbed(t *testing.T, c disturbance) bool {
+	t.Helper()
+	cmd := program("--quick", "--cni-path="+node.ProgramDir())
+	var out bytes.Buffer
+	cmd.Stdout = &out
+	stderr, err := cmd.StderrPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	var said strings.Builder
+	reached, met := false, false
+	for lines := bufio.NewScanner(stderr); lines.Scan(); {
+		fmt.Fprintln(&said, lines.Text())
+		if !reached && strings.Contains(lines.Text(), c.after) {
+			reached, met = true, c.disturb(t, cmd.Process.Pid)
+		}
+	}
+	err = cmd.Wait()
+	if reached && !met {
+		return false
+	}
+	if code := cmd.ProcessState.ExitCode(); code != ExitNotProven {
+		t.Errorf("exit code %d (%v), want %d", code, err, ExitNotProven)
+	}
+	if !reached || !strings.Contains(said.String(), c.want) || strings.Contains(out.String(), "proven for every point") {
+		t.Errorf("it said %q, want %q", said.String(), c.want)
+	}
+	if n := strings.Count(said.String(), "skipstack: "); n != 1 {
+		t.Errorf("%d error messages:\n%s", n, said.String())
+	}
+	nothingLeft(t)
+	return true
+}
+
+func signalTo(s unix.Signal, group bool) func(*testing.T, int) bool {
+	return func(t *testing.T, pid int) bool {
 		if group {
 			pid = -pid
 		}
 		if err := unix.Kill(pid, s); err != nil {
 			t.Error(err)
 		}
+		return true
 	}
 }
 
 // again repeats a signal while the bench cleans up.
-func again(signal func(*testing.T, int)) func(*testing.T, int) {
-	return func(t *testing.T, pid int) {
+func again(signal func(*testing.T, int) bool) func(*testing.T, int) bool {
+	return func(t *testing.T, pid int) bool {
 		for range 20 {
 			signal(t, pid) // the process stays until it is waited for
 			time.Sleep(5 * time.Millisecond)
 		}
+		return true
 	}
 }
 
 // whileProbing sends a signal when the prober runs that the first ADD has started.
-func whileProbing(signal func(*testing.T, int)) func(*testing.T, int) {
-	return func(t *testing.T, bench int) {
-		for deadline := time.Now().Add(20 * time.Second); process(t, "\x00probe\x00") == 0; time.Sleep(time.Millisecond) {
-			if time.Now().After(deadline) {
-				t.Error("no prober was seen")
-				break
-			}
+func whileProbing(signal func(*testing.T, int) bool) func(*testing.T, int) bool {
+	return func(t *testing.T, bench int) bool {
+		seen := true
+		for deadline := time.Now().Add(20 * time.Second); seen && process(t, "\x00probe\x00") == 0; time.Sleep(time.Millisecond) {
+			// This process may not have been let run while there was one.
+			seen = time.Now().Before(deadline)
 		}
-		signal(t, bench)
+		return signal(t, bench) && seen
 	}
 }
 
 // killWorker kills a worker process.
-func killWorker(t *testing.T, _ int) {
+func killWorker(t *testing.T, _ int) bool {
 	pid := process(t, "\x00bench\x00worker\x00")
 	if pid == 0 {
 		t.Error("no worker found")
-		return
+		return true
 	}
 	if err := unix.Kill(pid, unix.SIGKILL); err != nil && !errors.Is(err, unix.ESRCH) {
 		t.Error(err)
 	}
+	return true
 }
 
 // process returns the first process that it finds with such arguments, 0 if there is

@@ -15,6 +15,7 @@ import (
 
 	"github.com/containernetworking/cni/libcni"
 
+	"github.com/skipstack/skipstack/plugin/attachment"
 	"github.com/skipstack/skipstack/plugin/datapath"
 	"github.com/skipstack/skipstack/test/node"
 )
@@ -88,14 +89,31 @@ func (s *nodeSite) addInTime(ctx context.Context, p *node.Pod, list *libcni.Netw
 			return err
 		}
 		record, err := s.attached(p)
-		if !errors.Is(err, errNotAllowed) || !strings.HasPrefix(record.Reason, "busy: ") || try == addTries {
+		why := outOfTime(record, err)
+		if why == "" || try == addTries {
 			return err
 		}
-		fmt.Fprintf(s.stderr, "bench: pod %s was not accelerated in time (%s): trying again\n", p.Name, record.Reason)
+		fmt.Fprintf(s.stderr, "bench: pod %s was not accelerated in time (%s): trying again\n", p.Name, why)
 		if err := p.Del(ctx, list, node.IfName); err != nil {
 			return err
 		}
 	}
+}
+
+// outOfTime says what kept an ADD so long that it ended before it was done, "" where
+// that is not why the pod is not attached. It may have had no time to record it.
+func outOfTime(record attachment.Record, err error) string {
+	switch {
+	case errors.Is(err, attachment.ErrNotFound):
+		return "busy: nothing is recorded"
+	case !errors.Is(err, errNotAllowed):
+		return ""
+	case record.Status == attachment.Attaching:
+		return "busy: it is half attached"
+	case strings.HasPrefix(record.Reason, "busy: "):
+		return record.Reason
+	}
+	return ""
 }
 
 func widePortRange() error {

@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"github.com/skipstack/skipstack/bpf"
+	"github.com/skipstack/skipstack/plugin/attachment"
 	"github.com/skipstack/skipstack/plugin/datapath"
 	"github.com/skipstack/skipstack/test/node"
 )
@@ -237,6 +238,27 @@ func TestKilledWorkerEndsTheRun(t *testing.T) {
 		_, _, err := r.run(t.Context(), point(RequestResponse, 64, 64), false, false)
 		if err == nil || !strings.Contains(err.Error(), "worker ") || time.Since(start) > r.parameters.Length/2 {
 			t.Errorf("worker %d killed: %v after %v", victim, err, time.Since(start))
+		}
+	}
+}
+
+// An ADD that a busy machine gave no time is repeated, however far it came.
+func TestOutOfTime(t *testing.T) {
+	for _, c := range []struct {
+		status attachment.Status
+		reason string
+		err    error
+		want   string
+	}{
+		{attachment.Attached, "", nil, ""},
+		{attachment.Skipped, "busy: somebody", errNotAllowed, "busy: somebody"},
+		{attachment.Skipped, "mode off", errNotAllowed, ""},
+		{attachment.Attaching, "", errNotAllowed, "busy: it is half attached"},
+		{"", "", fmt.Errorf("read: %w", attachment.ErrNotFound), "busy: nothing is recorded"},
+		{"", "", attachment.ErrCorrupt, ""},
+	} {
+		if got := outOfTime(attachment.Record{Status: c.status, Reason: c.reason}, c.err); got != c.want {
+			t.Errorf("%+v: %q", c, got)
 		}
 	}
 }
