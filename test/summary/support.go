@@ -79,7 +79,9 @@ func writeSupport(dir, docs string) error {
 		}
 		s.replace(st)
 	}
-	slices.SortStableFunc(s.Kernels, func(a, b kernelResult) int { return cmp.Compare(series(a.Kernel), series(b.Kernel)) })
+	slices.SortFunc(s.Kernels, func(a, b kernelResult) int {
+		return cmp.Or(cmp.Compare(series(a.Kernel), series(b.Kernel)), strings.Compare(a.Name(), b.Name()))
+	})
 	text, err := json.MarshalIndent(s, "", " ")
 	if err != nil {
 		return err
