@@ -343,8 +343,14 @@ func (n *Node) Switch(conf Config, off bool) (Switched, error) {
 		return Switched{}, fmt.Errorf("%w at %s: nothing to switch", datapath.ErrNotLoaded, conf.BPFFS)
 	}
 	out := Switched{Sets: sets, Left: func() (uint64, error) { return n.Sockets(conf) }}
-	out.Sockets, err = out.Left()
-	return out, err
+	if out.Sockets, err = out.Left(); err != nil {
+		state := "on"
+		if off {
+			state = "off"
+		}
+		return out, fmt.Errorf("acceleration is switched %s, but the enrolled sockets that are left cannot be counted: %w", state, err)
+	}
+	return out, nil
 }
 
 // SwitchPod does the same for one pod, which stays switched until it is deleted
@@ -445,11 +451,11 @@ func live(set Set, cgroups map[uint64]bool) (sum uint64, err error) {
 }
 
 // Sockets counts the enrolled sockets of the set of programs published below the
-// configuration's BPF file system. Where there is none, as after it was unmounted, it
-// counts those of all sets in the kernel.
+// configuration's BPF file system. Where there is none, as after it was unmounted, or
+// where pins of it are missing, it counts those of all sets in the kernel.
 func (n *Node) Sockets(conf Config) (uint64, error) {
 	sockets, err := n.socketsOf(conf.BPFFS, nil)
-	if errors.Is(err, datapath.ErrNotLoaded) || errors.Is(err, datapath.ErrNoBPFFS) {
+	if errors.Is(err, datapath.ErrNotLoaded) || errors.Is(err, datapath.ErrDamaged) || errors.Is(err, datapath.ErrNoBPFFS) {
 		return n.Datapath.LiveInKernel()
 	}
 	return sockets, err

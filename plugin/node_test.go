@@ -338,6 +338,17 @@ func TestSwitchNode(t *testing.T) {
 		t.Errorf("%d are left, error %v", n, err)
 	}
 	b.datapath.loaded = true
+	// So they do where only some are gone: the brake reaches that set, too.
+	b.datapath.fail["Open"] = datapath.ErrDamaged
+	if got, err := b.node().Switch(b.config(), true); err != nil || got.Sockets != 5 {
+		t.Errorf("some pins gone: got %+v, error %v", got, err)
+	}
+	// Whoever cannot count them says that the switch was thrown.
+	b.datapath.fail["Open"] = errors.New("EIO")
+	if _, err := b.node().Switch(b.config(), true); err == nil || !strings.Contains(err.Error(), "acceleration is switched off, but") {
+		t.Errorf("sockets that cannot be counted: error %v", err)
+	}
+	delete(b.datapath.fail, "Open")
 	b.mustAdd(request{container: "c2"})
 	if !b.datapath.node.SwitchedOff {
 		t.Error("ADD switched the node on")
