@@ -231,7 +231,7 @@ func LiveInKernel() (uint64, error) {
 			errs = append(errs, fmt.Errorf("list BPF programs: %w", err))
 			break
 		}
-		if err := countSockets(id, sockhashes); err != nil && !errors.Is(err, fs.ErrNotExist) { // gone meanwhile
+		if err := countSockets(id, sockhashes); err != nil {
 			errs = append(errs, fmt.Errorf("count the sockets of BPF program %d: %w", id, err))
 		}
 	}
@@ -246,6 +246,9 @@ func LiveInKernel() (uint64, error) {
 // how many sockets they have.
 func countSockets(id ebpf.ProgramID, sockhashes map[ebpf.MapID]uint64) error {
 	prog, err := ebpf.NewProgramFromID(id)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil // gone meanwhile
+	}
 	if err != nil {
 		return err
 	}
@@ -351,7 +354,8 @@ func openSwitch(id ebpf.MapID) (switchMap, error) {
 	info, err := m.Info()
 	if err != nil {
 		m.Close()
-		return nil, fmt.Errorf("read the name of BPF map %d: %w", id, err)
+		// Not wrapped: where /proc is missing, the map is there all the same.
+		return nil, fmt.Errorf("read the name of BPF map %d: %v", id, err)
 	}
 	if info.Name != switchName {
 		return nil, m.Close()

@@ -164,3 +164,39 @@ func TestOpenSwitch(t *testing.T) {
 		t.Errorf("%v, %v", m, err)
 	}
 }
+
+// What is there and cannot be looked at is not taken for gone.
+func TestLiveInKernelWithoutProc(t *testing.T) {
+	s := mustLoad(t, newBPFFS(t))
+	info, err := s.maps[bpf.DatapathMapSkipstackSwitch].Info()
+	if err != nil {
+		t.Fatal(err)
+	}
+	id, _ := info.ID()
+	var openErr, countErr error
+	done := make(chan error)
+	go func() {
+		runtime.LockOSThread() // and never unlocked: the mount namespace ends with the thread
+		err := unix.Unshare(unix.CLONE_NEWNS)
+		if err == nil {
+			err = unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, "")
+		}
+		if err == nil {
+			err = unix.Mount("none", "/proc", "tmpfs", 0, "")
+		}
+		if err == nil {
+			_, openErr = openSwitch(id)
+			_, countErr = LiveInKernel()
+		}
+		done <- err
+	}()
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	if openErr == nil || errors.Is(openErr, fs.ErrNotExist) {
+		t.Errorf("open the switch: %v", openErr)
+	}
+	if countErr == nil || !strings.Contains(countErr.Error(), "fdinfo") {
+		t.Errorf("count sockets: %v", countErr)
+	}
+}
