@@ -20,7 +20,7 @@ import (
 // cacheEnv names the directory where the runtimes' packages are kept.
 const cacheEnv = "SKIPSTACK_RUNTIMES_CACHE"
 
-const patience = 30 * time.Second // for what comes about by itself
+const patience = time.Minute // for what comes about by itself
 
 func TestMain(m *testing.M) {
 	if os.Getenv(cacheEnv) == "" {

@@ -161,13 +161,7 @@ func TestManyPodsAtOnce(t *testing.T) {
 		s.waitOpen()
 		// Those for which there was no time at first are attached later.
 		for _, p := range pods {
-			wait(s.t, func() error {
-				attached, err := datapath.HasLink(s.BPFFS, p.cgroupID)
-				if err == nil && !attached {
-					err = fmt.Errorf("pod %s is not attached", p.name)
-				}
-				return err
-			})
+			s.attached(p, true)
 		}
 		a, b := pods[0], pods[count-1]
 		a.run("serve", 0, "serve", "80")

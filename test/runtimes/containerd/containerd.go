@@ -36,7 +36,7 @@ type Daemon struct {
 // enter starts a program in new cgroups and a cgroup namespace with these as roots.
 const enter = `for procs in $0; do echo $$ >$procs || exit; done; exec unshare --cgroup "$@"`
 
-const ready = 30 * time.Second
+const ready = time.Minute
 
 // config is containerd's configuration, in a version that 1.6 and 2 read. What is
 // unusual here: the native snapshotter needs no overlay, and a container's OOM
