@@ -127,8 +127,11 @@ var listening = []behaviour{
 		for range 40 {
 			near := c.dial(first, socketOptions{})
 			p := []unix.PollFd{{Fd: int32(first.FD), Events: unix.POLLIN}, {Fd: int32(second.FD), Events: unix.POLLIN}}
-			n, err := unix.Poll(p, int(patience.Milliseconds()))
-			c.check(err)
+			var n int
+			c.check(retry(func() (err error) {
+				n, err = unix.Poll(p, int(patience.Milliseconds()))
+				return err
+			}))
 			if n != 1 {
 				c.fatalf("%d listeners are ready", n)
 			}
