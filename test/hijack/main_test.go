@@ -9,9 +9,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/cilium/ebpf"
-	"github.com/cilium/ebpf/asm"
-	"github.com/cilium/ebpf/link"
 	"github.com/containernetworking/cni/libcni"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -66,7 +63,10 @@ func newLab(t *testing.T, o datapath.LoadOptions) *lab {
 	l.set, err = datapath.LoadPrivate(o)
 	must.Do(t, err)
 	t.Cleanup(func() { must.Do(t, l.set.Close()) })
-	l.slowRetransmission()
+	// Else a pause of a second would let connections be counted as others than they are.
+	normal, err := n.SlowHandshakes()
+	must.Do(t, err)
+	t.Cleanup(func() { must.Do(t, normal()) })
 	must.Do(t, l.set.SetNode(datapath.NodeSettings{Open: true}))
 	must.Do(t, n.Do(func() (err error) {
 		if l.world, err = openTUN("world"); err != nil {
@@ -76,34 +76,6 @@ func newLab(t *testing.T, o datapath.LoadOptions) *lab {
 	}))
 	t.Cleanup(l.world.close)
 	return l
-}
-
-// slowRetransmission lets TCP wait long before it sends a SYN or a SYN-ACK again. A
-// SYN-ACK has another number then (tcp_rtx_synack() in net/ipv4/tcp_output.c), so that on
-// a machine that stands still for a second, amid a handshake, the connection would be
-// counted as something else.
-func (l *lab) slowRetransmission() {
-	l.t.Helper()
-	const (
-		op, reply  = 0, 4  // struct bpf_sock_ops
-		retransmit = 15000 // in jiffies: 15 s to 2 minutes, which is the most
-	)
-	prog := must.Get(ebpf.NewProgram(&ebpf.ProgramSpec{
-		Type: ebpf.SockOps, AttachType: ebpf.AttachCGroupSockOps,
-		Instructions: asm.Instructions{
-			asm.LoadMem(asm.R2, asm.R1, op, asm.Word),
-			asm.JNE.Imm(asm.R2, unix.BPF_SOCK_OPS_TIMEOUT_INIT, "end"),
-			asm.Mov.Imm(asm.R3, retransmit),
-			asm.StoreMem(asm.R1, reply, asm.R3, asm.Word),
-			asm.Mov.Imm(asm.R0, 1).WithSymbol("end"),
-			asm.Return(),
-		},
-	}))(l.t)
-	defer prog.Close()
-	attached := must.Get(link.AttachCgroup(link.CgroupOptions{
-		Path: l.node.CgroupRoot, Attach: ebpf.AttachCGroupSockOps, Program: prog,
-	}))(l.t)
-	l.t.Cleanup(func() { must.Do(l.t, attached.Close()) })
 }
 
 type pod struct {
