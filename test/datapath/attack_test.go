@@ -27,6 +27,8 @@ var churnTime = flag.Duration("churn", 30*time.Second, "how long TestConnectionC
 func TestConnectionChurn(t *testing.T) {
 	modes(t, func(t *testing.T, s datapath.NodeSettings) {
 		l := newPublishedLab(t, s)
+		// A SYN to a port whose last connection is not gone must be sent again.
+		must.Do(t, l.normalHandshakes())
 		client, server := l.pod("client", enabled), l.pod("server", enabled)
 		for _, p := range []*pod{client, server} {
 			// Else all ports are soon in TIME_WAIT.
@@ -34,7 +36,7 @@ func TestConnectionChurn(t *testing.T) {
 			p.sysctl(t, "net/ipv4/tcp_max_tw_buckets", "0")
 		}
 		before := l.counters()
-		var connections atomic.Uint64
+		var connections, again atomic.Uint64
 		end := time.Now().Add(*churnTime / 2)
 		var wg sync.WaitGroup
 		errs := make([]error, 4)
@@ -42,7 +44,7 @@ func TestConnectionChurn(t *testing.T) {
 			tl := server.listen(t, server.at(i%2 == 1, 0), traffic.SocketOptions{})
 			wg.Go(func() {
 				for errs[i] == nil && time.Now().Before(end) {
-					errs[i] = briefConnection(client, tl)
+					errs[i] = briefConnection(client, tl, &again)
 					connections.Add(1)
 				}
 			})
@@ -55,8 +57,9 @@ func TestConnectionChurn(t *testing.T) {
 			all += n
 		}
 		t.Logf("%d connections: %v", connections.Load(), nonZero(d))
-		if all != connections.Load() || d.Connections["enrolled"] == 0 || d.Messages["redirected"].Messages == 0 {
-			t.Errorf("%d connections counted, want %d, some of them enrolled and used: %v", all, connections.Load(), nonZero(d))
+		if max(all, connections.Load())-min(all, connections.Load()) > again.Load() || d.Connections["enrolled"] == 0 || d.Messages["redirected"].Messages == 0 {
+			t.Errorf("%d connections counted, want %d, some of them enrolled and used, but for %d with a second SYN-ACK: %v",
+				all, connections.Load(), again.Load(), nonZero(d))
 		}
 		l.waitEmpty()
 		for _, p := range []*pod{client, server} {
@@ -67,11 +70,19 @@ func TestConnectionChurn(t *testing.T) {
 }
 
 // briefConnection makes a connection, exchanges what it holds in memory, and ends
-// it in one of the ways there are.
-func briefConnection(client *pod, tl *traffic.Listener) error {
+// it in one of the ways there are. It counts those whose SYN-ACK was sent again, which
+// are not taken for what they are.
+func briefConnection(client *pod, tl *traffic.Listener, again *atomic.Uint64) error {
 	a, b, err := client.host.Pair(tl, tl.Addr, traffic.SocketOptions{})
 	if err != nil {
 		return err
+	}
+	info, err := b.Info()
+	if err != nil {
+		return err
+	}
+	if info.Total_retrans > 0 {
+		again.Add(1)
 	}
 	deadline := time.Now().Add(patience)
 	err = errors.Join(a.SetDeadline(deadline), b.SetDeadline(deadline))

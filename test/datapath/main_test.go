@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"sync"
 	"testing"
 	"time"
 
@@ -31,7 +32,8 @@ func TestMain(m *testing.M) {
 }
 
 const (
-	patience = 20 * time.Second // for what should take no time
+	patience = time.Minute      // for what should take no time
+	lifetime = 10 * time.Minute // of a connection; calls on it fail afterwards
 	tick     = 2 * time.Millisecond
 )
 
@@ -42,6 +44,9 @@ type lab struct {
 	set  *datapath.Set
 	list *libcni.NetworkConfigList
 	pods []*pod
+	// normalHandshakes lets SYNs and SYN-ACKs that are lost be sent again after a second:
+	// see node.SlowHandshakes.
+	normalHandshakes func() error
 }
 
 // A pod has an address on the node's network and a host to open sockets in it.
@@ -63,6 +68,9 @@ func newLab(t *testing.T, settings datapath.NodeSettings, o datapath.LoadOptions
 	if o.MaxConnections == 0 {
 		o.MaxConnections = maxConnections
 	}
+	if o.ClaimWindow == 0 {
+		o.ClaimWindow = claimWindow
+	}
 	l.set = must.Get(datapath.LoadPrivate(o))(t)
 	l.open(settings)
 	return l
@@ -72,7 +80,7 @@ func newLab(t *testing.T, settings datapath.NodeSettings, o datapath.LoadOptions
 func newLabAt(t *testing.T, settings datapath.NodeSettings, subnets ...string) *lab {
 	t.Helper()
 	l := emptyLab(t, subnets...)
-	l.set = must.Get(datapath.LoadPrivate(datapath.LoadOptions{MaxConnections: maxConnections}))(t)
+	l.set = must.Get(datapath.LoadPrivate(loadOptions))(t)
 	l.open(settings)
 	return l
 }
@@ -81,17 +89,27 @@ func newLabAt(t *testing.T, settings datapath.NodeSettings, subnets ...string) *
 func newPublishedLab(t *testing.T, settings datapath.NodeSettings) *lab {
 	t.Helper()
 	l := emptyLab(t)
-	l.set = must.Get(datapath.Load(t.Context(), l.node.BPFFS, datapath.LoadOptions{MaxConnections: maxConnections}))(t)
+	l.set = must.Get(datapath.Load(t.Context(), l.node.BPFFS, loadOptions))(t)
 	l.open(settings)
 	return l
 }
 
-const maxConnections = 4096
+const (
+	maxConnections = 4096
+	// claimWindow lets clients be late on a busy machine.
+	claimWindow = time.Minute
+	shortWindow = 4 * time.Millisecond // as in production
+)
+
+var loadOptions = datapath.LoadOptions{MaxConnections: maxConnections, ClaimWindow: claimWindow}
 
 func emptyLab(t *testing.T, subnets ...string) *lab {
 	t.Helper()
 	n := node.ForTest(t, node.Options{})
-	return &lab{t: t, node: n, list: must.Get(n.Network(node.Network{Subnets: prefixes(subnets...)}))(t)}
+	l := &lab{t: t, node: n, list: must.Get(n.Network(node.Network{Subnets: prefixes(subnets...)}))(t)}
+	l.normalHandshakes = sync.OnceValue(must.Get(n.SlowHandshakes())(t))
+	t.Cleanup(func() { must.Do(t, l.normalHandshakes()) })
+	return l
 }
 
 // open opens the node's gate.
@@ -204,15 +222,10 @@ func (p *pod) pair(t *testing.T, l *traffic.Listener, o traffic.SocketOptions) (
 // pairBy is pair with another address for the listener.
 func (p *pod) pairBy(t *testing.T, l *traffic.Listener, by netip.AddrPort, o traffic.SocketOptions) (client, server *traffic.Conn) {
 	t.Helper()
-	var err error
-	p.punctually(t, func() {
-		client, server, err = p.host.Pair(l, by, o)
-		must.Do(t, err)
-	}, func() {
-		must.Do(t, errors.Join(client.Close(), server.Close()))
-	})
+	client, server, err := p.host.Pair(l, by, o)
+	must.Do(t, err)
 	t.Cleanup(func() { client.Close(); server.Close() })
-	deadline := time.Now().Add(time.Minute)
+	deadline := time.Now().Add(lifetime)
 	for _, c := range []*traffic.Conn{client, server} {
 		if err := c.SetDeadline(deadline); err != nil && !errors.Is(err, os.ErrNoDeadline) { // blocking sockets have none
 			t.Fatal(err)
@@ -225,28 +238,9 @@ func (p *pod) pairBy(t *testing.T, l *traffic.Listener, by netip.AddrPort, o tra
 // is closed at the test's end.
 func (p *pod) dial(t *testing.T, l *traffic.Listener) (client *traffic.Conn) {
 	t.Helper()
-	p.punctually(t, func() {
-		client = must.Get(p.host.Dial(l.Addr, traffic.SocketOptions{}))(t)
-	}, func() {
-		must.Do(t, errors.Join(client.Close(), must.Get(l.Accept())(t).Close()))
-	})
+	client = must.Get(p.host.Dial(l.Addr, traffic.SocketOptions{}))(t)
 	t.Cleanup(func() { client.Close() })
 	return client
-}
-
-// punctually connects again if the handshake took so long that the client came
-// late: on a busy machine the kernel may be kept from its work for milliseconds.
-func (p *pod) punctually(t *testing.T, connect, drop func()) {
-	t.Helper()
-	const attempts = 5
-	for i := range attempts {
-		late := p.lab.counters().Connections["late_claim"]
-		connect()
-		if p.lab.counters().Connections["late_claim"] == late || i == attempts-1 {
-			return
-		}
-		drop()
-	}
 }
 
 // wait waits until the condition holds.

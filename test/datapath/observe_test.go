@@ -1,6 +1,7 @@
 package datapath_test
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"net/netip"
@@ -36,12 +37,23 @@ func sums(o datapath.Observation) (sum datapath.PodCounters) {
 	return sum
 }
 
-// wantAgreement checks that the pods' counters add up to the node's.
-func wantAgreement(t *testing.T, o datapath.Observation) {
-	t.Helper()
+// observeAgreement waits until the pods' counters add up to the node's: a socket that
+// closes is counted down first and adds what it has done then.
+func (l *lab) observeAgreement() (o datapath.Observation) {
+	l.t.Helper()
+	l.wait("the pods' counters add up to the node's", func() (string, bool) {
+		o = l.observe()
+		err := disagreement(o)
+		return fmt.Sprint(err), err == nil
+	})
+	return o
+}
+
+func disagreement(o datapath.Observation) error {
+	var errs []error
 	sum := sums(o)
 	if got := o.Counters.Messages["redirected"]; got != sum.Redirected {
-		t.Errorf("the node redirected %v, its pods %v", got, sum.Redirected)
+		errs = append(errs, fmt.Errorf("the node redirected %v, its pods %v", got, sum.Redirected))
 	}
 	var passed datapath.Count
 	for label, n := range o.Counters.Messages {
@@ -51,12 +63,13 @@ func wantAgreement(t *testing.T, o datapath.Observation) {
 		passed.Messages += n.Messages
 		passed.Bytes += n.Bytes
 		if n.Messages != sum.PassedBy[label] {
-			t.Errorf("%s: the node passed %d messages, its pods %d", label, n.Messages, sum.PassedBy[label])
+			errs = append(errs, fmt.Errorf("%s: the node passed %d messages, its pods %d", label, n.Messages, sum.PassedBy[label]))
 		}
 	}
 	if passed != sum.Passed {
-		t.Errorf("the node passed %v, its pods %v", passed, sum.Passed)
+		errs = append(errs, fmt.Errorf("the node passed %v, its pods %v", passed, sum.Passed))
 	}
+	return errors.Join(errs...)
 }
 
 func carry(t *testing.T, from, to *traffic.Conn, size int) {
@@ -86,8 +99,7 @@ func TestObserve(t *testing.T) {
 		carry(t, client, server, 500)
 		carry(t, server, client, 70000)
 		must.Get(server.Write(make([]byte, 1234)))(t)
-		o = l.observe()
-		wantAgreement(t, o)
+		o = l.observeAgreement()
 		if len(o.Connections) != 1 {
 			t.Fatalf("connections: %+v", o.Connections)
 		}
@@ -130,8 +142,7 @@ func TestObserve(t *testing.T) {
 		off.SwitchedOff = true
 		must.Do(t, l.set.SetPod(b.id, off))
 		carry(t, client, server, 10)
-		o = l.observe()
-		wantAgreement(t, o)
+		o = l.observeAgreement()
 		if got := o.Connections[0].Client; got.PassedBy["switched_off"] != 1 || got.Next != "switched_off" {
 			t.Errorf("a pod that is switched off: %+v", got)
 		}
@@ -140,8 +151,7 @@ func TestObserve(t *testing.T) {
 		must.Do(t, client.Close())
 		must.Do(t, server.Close())
 		l.waitEmpty()
-		o = l.observe()
-		wantAgreement(t, o)
+		o = l.observeAgreement()
 		if after := sums(o); len(o.Connections) != 0 || after.Redirected != before.Redirected || after.Passed != before.Passed {
 			t.Errorf("after the end %+v, %d connections; before %+v", after, len(o.Connections), before)
 		}
@@ -175,7 +185,7 @@ func TestObserveFullReceiver(t *testing.T) {
 		if got.Next == "redirected" {
 			t.Errorf("the next message would be %s", got.Next)
 		}
-		wantAgreement(t, l.observe())
+		l.observeAgreement()
 	})
 }
 
@@ -244,8 +254,7 @@ func TestObserveWhileConnectionsVanish(t *testing.T) {
 	wg.Wait()
 	must.Do(t, failed)
 	l.waitEmpty()
-	o := l.observe()
-	wantAgreement(t, o)
+	o := l.observeAgreement()
 	if sum := sums(o); sum.Redirected.Bytes+sum.Passed.Bytes == 0 {
 		t.Errorf("after 200 connections: %+v", sum)
 	}

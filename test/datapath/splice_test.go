@@ -27,8 +27,7 @@ import (
 
 // guarded is a test without a splice guard, and with each form of it, in one lab.
 func guarded(t *testing.T, f func(l *lab) func(t *testing.T, guard datapath.Guard)) {
-	// Nobody here is to be refused for being late.
-	l := newLab(t, datapath.NodeSettings{}, datapath.LoadOptions{ClaimWindow: time.Minute})
+	l := newLab(t, datapath.NodeSettings{}, datapath.LoadOptions{})
 	test := f(l)
 	for _, guard := range append([]datapath.Guard{datapath.NoGuard}, datapath.Guards()...) {
 		name := string(guard)

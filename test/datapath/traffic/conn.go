@@ -10,8 +10,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// patience is how long connecting and accepting may take.
-const patience = 20 * time.Second
+// patience is how long connecting and accepting may take, with a segment that is lost and
+// node.SlowHandshakes.
+const patience = 3 * time.Minute
 
 // SocketOptions describe a socket that is listened on or connected.
 type SocketOptions struct {
