@@ -28,7 +28,7 @@ const (
 	// unifiedEnv tells it that Command.UnifiedCgroups was set.
 	unifiedEnv = "SKIPSTACK_NODE_UNIFIED_CGROUPS"
 	// stopGrace is how long an isolated program may take to end after SIGTERM.
-	stopGrace = 10 * time.Second
+	stopGrace = 30 * time.Second
 )
 
 var (
@@ -60,7 +60,7 @@ func Isolated() bool {
 // exit code (128 plus the signal's number if a signal ended it). The program
 // should call [Prepare] first. Whatever the program started ends with it.
 //
-// When ctx is done the program gets SIGTERM, and SIGKILL ten seconds later. What
+// When ctx is done the program gets SIGTERM, and SIGKILL half a minute later. What
 // killed callers of Isolate left is swept first. The error wraps [ErrPrivilege]
 // if the caller lacks the right, [ErrLeftover] if something could not be removed.
 func Isolate(ctx context.Context, c Command) (exit int, err error) {
@@ -79,7 +79,7 @@ func Isolate(ctx context.Context, c Command) (exit int, err error) {
 		return 0, err
 	}
 	defer func() {
-		clean, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopGrace)
+		clean, cancel := context.WithTimeout(context.WithoutCancel(ctx), closeTimeout)
 		defer cancel()
 		if rmErr := removeCgroup(clean, dir); rmErr != nil {
 			err = errors.Join(err, fmt.Errorf("%w: %w", ErrLeftover, rmErr))
@@ -193,7 +193,7 @@ func tryLock(dir string) (*os.File, bool, error) {
 // [Isolate] left below the cgroup2 mount root when they were killed. Cgroups
 // whose owner lives are not touched.
 func Sweep(ctx context.Context, root string) error {
-	ctx, cancel := context.WithTimeout(ctx, stopGrace)
+	ctx, cancel := context.WithTimeout(ctx, closeTimeout)
 	defer cancel()
 	return sweep(root, func(dir string) error { return removeCgroup(ctx, dir) })
 }

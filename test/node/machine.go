@@ -28,6 +28,10 @@ const (
 
 // Machine is what [Isolate] gives a program: a place with nothing in it.
 type Machine struct {
+	// Patience is how long Leftovers waits for things that the kernel takes down by and
+	// by; Prepare sets half a minute, for machines that stand still now and then.
+	Patience time.Duration
+
 	// What was there after Prepare.
 	mounts []string
 	links  []string
@@ -80,7 +84,7 @@ func Prepare() (*Machine, error) {
 	if err := loopbackUp(); err != nil {
 		return nil, err
 	}
-	m := &Machine{}
+	m := &Machine{Patience: 30 * time.Second}
 	if m.mounts, err = mounts(); err != nil {
 		return nil, err
 	}
@@ -93,9 +97,9 @@ func Prepare() (*Machine, error) {
 
 // Leftovers says, one line each, what is left of nodes and pods once all nodes
 // were closed: processes, mounts, network namespaces, links, cgroups, pins, files.
-// It waits a second for things that the kernel takes down by and by.
+// It waits for things that go by and by.
 func (m *Machine) Leftovers() ([]string, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), m.Patience)
 	defer cancel()
 	for {
 		left, err := m.leftovers()

@@ -19,7 +19,7 @@ import (
 )
 
 // closeTimeout bounds what Close and other cleaning up may take.
-const closeTimeout = 20 * time.Second
+const closeTimeout = 2 * time.Minute
 
 // Options describe a node; the zero value will do.
 type Options struct {

@@ -56,15 +56,25 @@ func echoWorker(args []string) int {
 	}
 }
 
+const (
+	patience = time.Minute     // for an answer
+	watch    = 3 * time.Second // where none is expected
+)
+
 // askWorker sends a word to an echoWorker and prints the answer.
 func askWorker(args []string) int {
-	c, err := net.DialTimeout("tcp", args[0], 3*time.Second)
+	wait, err := time.ParseDuration(args[2])
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 2
+	}
+	c, err := net.DialTimeout("tcp", args[0], wait)
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
 	defer c.Close()
-	_ = c.SetDeadline(time.Now().Add(3 * time.Second))
+	_ = c.SetDeadline(time.Now().Add(wait))
 	fmt.Fprintln(c, args[1])
 	if _, err := io.Copy(os.Stdout, c); err != nil {
 		fmt.Fprintln(os.Stderr, err)
@@ -76,13 +86,13 @@ func askWorker(args []string) int {
 // rtoWorker asks an echoWorker and prints after how many microseconds TCP would send
 // again what is lost.
 func rtoWorker(args []string) int {
-	c, err := net.DialTimeout("tcp", args[0], 3*time.Second)
+	c, err := net.DialTimeout("tcp", args[0], patience)
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
 	defer c.Close()
-	_ = c.SetDeadline(time.Now().Add(3 * time.Second))
+	_ = c.SetDeadline(time.Now().Add(patience))
 	fmt.Fprintln(c, "hello")
 	_, err = bufio.NewReader(c).ReadString('\n')
 	raw, rawErr := c.(*net.TCPConn).SyscallConn()
@@ -145,7 +155,7 @@ func start(t *testing.T, p *node.Pod, o node.StartOptions, name string, args ...
 func ask(t *testing.T, from *node.Pod, to string) string {
 	t.Helper()
 	var out, errs bytes.Buffer
-	cmd := node.WorkerCommand("ask", to, "hello")
+	cmd := node.WorkerCommand("ask", to, "hello", patience.String())
 	cmd.Stdout, cmd.Stderr = &out, &errs
 	proc, err := from.Start(cmd, node.StartOptions{})
 	if err != nil {
@@ -384,7 +394,7 @@ func TestNodesAreApart(t *testing.T) {
 	}
 	start(t, pods[1], node.StartOptions{}, "echo", ":8080")
 	target := netip.AddrPortFrom(addr(t, pods[1], false), 8080).String()
-	cmd := node.WorkerCommand("ask", target, "hello")
+	cmd := node.WorkerCommand("ask", target, "hello", watch.String())
 	cmd.Stderr = nil
 	proc, err := pods[0].Start(cmd, node.StartOptions{})
 	if err != nil {
@@ -623,6 +633,7 @@ func privateWorker(args []string) int {
 		return 97
 	}
 	if args[0] == "plant" {
+		machine.Patience = time.Second
 		left, err := machine.Leftovers()
 		fmt.Println(strings.Join(left, "\n"), err)
 		return 0

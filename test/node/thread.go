@@ -71,7 +71,7 @@ func (t *thread) do(f func() error) error {
 func (t *thread) close() error {
 	close(t.calls)
 	task := "/proc/self/task/" + strconv.Itoa(t.tid)
-	for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(50 * time.Microsecond) {
+	for deadline := time.Now().Add(closeTimeout); ; time.Sleep(50 * time.Microsecond) {
 		if _, err := os.Stat(task); errors.Is(err, fs.ErrNotExist) {
 			return nil
 		}
