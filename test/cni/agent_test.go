@@ -170,9 +170,7 @@ func TestAgent(t *testing.T) {
 		t.Errorf("%+v", got)
 	}
 
-	for _, c := range []*traffic.Conn{one, two} {
-		must.Do(t, c.SetDeadline(time.Now().Add(5*time.Minute)))
-	}
+	unlimited(t, one, two)
 	load := traffic.StartLoad([][2]*traffic.Conn{{one, two}}, traffic.Plan{MaxWrite: 4096})
 	moving := func() {
 		t.Helper()
@@ -197,6 +195,7 @@ func TestAgent(t *testing.T) {
 		t.Errorf("told to end: %v; %s", err, a.log.take())
 	}
 	moving()
+	extend(t, one, two)
 	must.Do(t, load.Stop())
 	if raw := must.Get(os.ReadFile(file))(t); !strings.Contains(string(raw), plugin.Type) {
 		t.Errorf("the entry went with the agent: %s", raw)
@@ -221,9 +220,10 @@ func TestAgentCapabilities(t *testing.T) {
 	must.Do(t, os.WriteFile(filepath.Join(s.ConfDir, "10-primary.conflist"), must.Get(node.WithoutSkipstack(s.network(node.Network{})))(t).Bytes, 0o644))
 	a := s.agentBy([]string{setpriv, "--bounding-set", set, "--inh-caps", set, "--"})
 	a.waitReady()
-	if got := a.metric("skipstack_datapath_open"); got != 1 {
-		t.Errorf("open: %v; %s", got, a.log.take())
-	}
+	wait(t, "the gate is open", func() (string, bool) { // it looks once a second at most
+		got := a.metric("skipstack_datapath_open")
+		return fmt.Sprint(got, s.unclear()), got == 1
+	})
 	for _, risk := range []string{"splice", "fionread", "epoll", "uncharged"} {
 		if got := a.metric(fmt.Sprintf("skipstack_kernel_risk{risk=%q}", risk)); (got == 1) != slices.Contains(v.Risks, risk) {
 			t.Errorf("risk %s is %v; with all capabilities the risks are %v", risk, got, v.Risks)

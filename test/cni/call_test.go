@@ -170,13 +170,16 @@ func (s *site) handicapped(ctx context.Context, what string, env []string, args 
 	return cmd
 }
 
-// run runs the plugin.
-func (s *site) run(c call) outcome {
+// once runs the plugin once, whether it has the time or not.
+func (s *site) once(c call) outcome {
 	s.t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), hang)
 	defer cancel()
 	got := s.exec(s.command(ctx, c))
 	got.call = c
+	if late(got.stdout + got.stderr) {
+		s.log.late.Add(1)
+	}
 	return got
 }
 
@@ -189,7 +192,7 @@ func (s *site) cli(args ...string) outcome {
 // bare runs a command as it is written.
 func (s *site) bare(args ...string) outcome {
 	s.t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), hang)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, program(), args...)
 	cmd.Env = []string{"PATH=" + os.Getenv("PATH")}

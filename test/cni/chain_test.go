@@ -95,6 +95,7 @@ func (r *recorder) ExecPlugin(ctx context.Context, path string, stdin []byte, en
 	}
 	cmd.Stdin = bytes.NewReader(stdin)
 	got := r.s.exec(cmd)
+	must.Get(r.s.log.Write([]byte(got.stderr)))(r.s.t)
 	r.calls = append(r.calls, recorded{filepath.Base(path), stdin, []byte(got.stdout), got.stderr})
 	if got.code == 0 {
 		return []byte(got.stdout), nil
@@ -124,7 +125,13 @@ func TestChainOfEveryVersion(t *testing.T) {
 			defer p.Close(t.Context())
 			rt := p.RuntimeConf(node.IfName)
 			cni, rec := s.libcni()
-			res := must.Get(cni.AddNetworkList(t.Context(), list, rt))(t)
+			var res types.Result
+			add := func() (err error) {
+				rec.calls = nil
+				res, err = cni.AddNetworkList(t.Context(), list, rt)
+				return err
+			}
+			s.onTime(p.ID, add, func() { must.Do(t, cni.DelNetworkList(t.Context(), list, rt)) })
 			if res.Version() != v || len(rec.calls) != 2 || rec.calls[1].plugin != "skipstack" {
 				t.Fatalf("result of version %s after %d calls", res.Version(), len(rec.calls))
 			}
@@ -152,7 +159,7 @@ func TestChainOfEveryVersion(t *testing.T) {
 				must.Do(t, cni.GCNetworkList(t.Context(), list, &libcni.GCArgs{ValidAttachments: valid}))
 				s.wantLinks(inode(t, p.Cgroup))
 			}
-			must.Do(t, cni.DelNetworkList(t.Context(), list, rt))
+			s.onTime(p.ID, func() error { return cni.DelNetworkList(t.Context(), list, rt) }, func() { must.Do(t, add()) })
 			s.wantNothing()
 			must.Do(t, cni.DelNetworkList(t.Context(), list, rt))
 		})

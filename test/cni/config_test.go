@@ -5,6 +5,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -64,14 +65,14 @@ func TestBadConfiguration(t *testing.T) {
 // does not say so hundreds of times.
 func TestBadConfigurationOfManyPods(t *testing.T) {
 	s := newSite(t, options{})
-	lines := 0
+	lines, start := 0, time.Now()
 	for _, p := range s.lightPods(10) {
 		lines += len(logLines(s.want(0, s.run(p.call(`"mod":"auto"`).add())).stderr))
 		s.wantRecord(p.id, "skipped", "config: ")
 		s.want(0, s.run(p.call(`"mod":"auto"`).del()))
 	}
-	if lines != 1 {
-		t.Errorf("%d lines for 10 pods, want 1", lines)
+	if most := 1 + int(time.Since(start).Minutes()); lines < 1 || lines > most {
+		t.Errorf("%d lines for 10 pods, want %d", lines, most)
 	}
 }
 
@@ -240,7 +241,10 @@ func TestBPFFSIsMounted(t *testing.T) {
 	p, q := s.light(), s.light()
 	dir := filepath.Join(s.Dir, "empty")
 	must.Do(t, os.Mkdir(dir, 0o700))
-	t.Cleanup(func() { must.Do(t, unix.Unmount(dir, unix.MNT_DETACH)) })
+	t.Cleanup(func() {
+		s.waitProber() // it might mount it again
+		must.Do(t, unix.Unmount(dir, unix.MNT_DETACH))
+	})
 	first, second := p.call(), q.call()
 	first.bpffs, second.bpffs = dir, dir
 	s.wantLines(0, "", s.want(0, s.run(first.add())))
@@ -254,7 +258,9 @@ func TestBPFFSIsMounted(t *testing.T) {
 		t.Errorf("links %v, want 2", pins)
 	}
 	// DEL finds it by the record, whatever the configuration says by now.
-	s.want(0, s.run(p.call().del()))
+	for got := s.want(0, s.once(p.call().del())); late(got.stderr); got = s.want(0, s.once(p.call().del())) {
+		s.want(0, s.run(first.add()))
+	}
 	s.want(0, s.run(second.del()))
 	if pins := must.Get(filepath.Glob(filepath.Join(dir, "skipstack/v1/links/*")))(t); len(pins) != 0 {
 		t.Errorf("links %v, want none", pins)

@@ -9,9 +9,6 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"time"
-
-	"github.com/containernetworking/cni/libcni"
 
 	"github.com/skipstack/skipstack/test/datapath/traffic"
 	"github.com/skipstack/skipstack/test/must"
@@ -30,13 +27,13 @@ func (s *site) proxied(client, proxy, server *pod) (a, b *net.TCPConn) {
 		conns = append(conns, conn)
 	}
 	go traffic.Join(conns[1], conns[2])
-	must.Do(s.t, errors.Join(conns[0].SetDeadline(time.Now().Add(time.Minute)), conns[3].SetDeadline(time.Now().Add(time.Minute))))
 	return conns[0], conns[3]
 }
 
 // relays checks that bytes pass both ways.
 func (s *site) relays(a, b net.Conn) {
 	s.t.Helper()
+	extend(s.t, a, b)
 	content := make([]byte, 256<<10)
 	rand.Read(content)
 	if err := errors.Join(traffic.Relayed(a, b, content), traffic.Relayed(b, a, content)); err != nil {
@@ -47,25 +44,6 @@ func (s *site) relays(a, b net.Conn) {
 func (s *site) guardAttached() bool {
 	_, err := os.Stat(filepath.Join(s.BPFFS, "skipstack/v1/guard/link"))
 	return err == nil
-}
-
-// punctual makes a pod, again if its ADD took longer than it may, as happens where
-// the machine is emulated and busy. It returns what the last ADD logged.
-func (s *site) punctual(name string, list *libcni.NetworkConfigList) (p *pod, log string) {
-	s.t.Helper()
-	for range 5 {
-		p = s.pod(name, list, node.PodOptions{})
-		if log = s.log.take(); !late(log) {
-			break
-		}
-		s.close(p)
-	}
-	return p, log
-}
-
-// late says whether an ADD logged that it has no more time.
-func late(log string) bool {
-	return strings.Contains(log, "not done in time") || strings.Contains(log, "busy: ")
 }
 
 // On a kernel that permits a splice guard, nothing has to be accepted for it: pods
@@ -88,8 +66,8 @@ func TestSpliceGuard(t *testing.T) {
 	}
 	var pods []*pod
 	for _, name := range []string{"client", "proxy", "server"} {
-		p, log := s.punctual(name, list)
-		if log != "" {
+		p := s.pod(name, list, node.PodOptions{})
+		if log := s.log.take(); log != "" {
 			t.Errorf("log %q", log)
 		}
 		if !s.guardAttached() {
@@ -107,8 +85,8 @@ func TestSpliceGuard(t *testing.T) {
 	for k, value := range entry {
 		without[k] = value
 	}
-	late, log := s.punctual("late", s.network(node.Network{Skipstack: without}))
-	if !strings.Contains(log, "risks that are not accepted: splice") {
+	late := s.pod("late", s.network(node.Network{Skipstack: without}), node.PodOptions{})
+	if log := s.log.take(); !strings.Contains(log, "risks that are not accepted: splice") {
 		t.Errorf("log %q", log)
 	}
 	s.wantPlain("spliceGuard off", direct(client, late))

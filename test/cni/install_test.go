@@ -52,7 +52,7 @@ func TestInstallAndDrain(t *testing.T) {
 	s.wantRedirected(a, b)
 
 	done := make(chan outcome, 1)
-	go func() { done <- run(append(uninstall, "--drain", "--timeout", "50s")...) }()
+	go func() { done <- run(append(uninstall, "--drain", "--timeout", "4m")...) }()
 	wait(t, "messages go by TCP", func() (string, bool) {
 		d := s.say(a, b)
 		return "", d.Messages["redirected"].Messages == 0 && d.Messages["switched_off"].Messages == 1

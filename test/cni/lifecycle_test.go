@@ -62,20 +62,21 @@ func TestLateDel(t *testing.T) {
 	s := newSite(t, options{})
 	list := s.network(node.Network{})
 	const uid = "11111111-2222-4333-8444-555555555555"
-	old := must.Get(s.AddPod(t.Context(), "server", list, node.PodOptions{UID: uid}))(t)
+	old := must.Get(s.NewPod("server", node.PodOptions{UID: uid}))(t)
+	s.attach(old, list, node.IfName)
 	successor := s.pod("server", list, node.PodOptions{UID: uid})
 	if old.Cgroup != successor.Cgroup {
 		t.Fatal("two cgroups")
 	}
 	client := s.pod("client", list, node.PodOptions{})
 	for range 2 {
-		must.Do(t, old.Del(t.Context(), list, node.IfName))
+		s.detach(old, list, node.IfName)
 		s.wantLinks(successor.cgroupID(t), client.cgroupID(t))
 		s.wantRecord(successor.ID, "attached", "")
 		must.Do(t, successor.Check(t.Context(), list, node.IfName))
 		s.wantAcceleratedIf(accepted(t), "the new sandbox", direct(client, successor))
 	}
-	must.Do(t, successor.Del(t.Context(), list, node.IfName))
+	s.detach(successor.Pod, list, node.IfName)
 	s.wantLinks(client.cgroupID(t))
 }
 
@@ -86,9 +87,9 @@ func TestCgroupGone(t *testing.T) {
 	s.want(0, s.run(early.call().add()))
 	s.want(0, s.run(never.call().add()))
 	early.remove(t)
-	never.remove(t)
 	s.wantLines(0, "", s.want(0, s.run(early.call().del())))
 	s.wantLinks(never.cgroupID)
+	never.remove(t)
 	wait(t, "the kernel has released the cgroup", func() (string, bool) {
 		return "", !must.Get(datapath.HasLink(s.BPFFS, never.cgroupID))(t)
 	})
@@ -107,6 +108,7 @@ func TestCgroupGone(t *testing.T) {
 // reboot takes away what a reboot does: all pins, and what is in /run.
 func (s *site) reboot(keepRunDir bool) {
 	s.t.Helper()
+	s.waitProber() // it might write to what goes
 	// Made before the old one goes, it has another device number.
 	fresh := must.Get(os.MkdirTemp(s.Dir, "bpf-"))(s.t)
 	must.Do(s.t, unix.Mount("bpf", fresh, "bpf", 0, "mode=0700"))
@@ -309,7 +311,7 @@ func TestTwoNetworks(t *testing.T) {
 			"acceptRisks":["splice","fionread","epoll","uncharged","blocking"]}]}`)))(t)
 	client, server := s.twoPods(first, node.PodOptions{})
 	for _, p := range []*pod{client, server} {
-		must.Get(p.Add(t.Context(), second, "net1"))(t)
+		s.attach(p.Pod, second, "net1")
 	}
 	if n := len(s.records()); n != 4 {
 		t.Errorf("%d records, want 4", n)
@@ -324,7 +326,7 @@ func TestTwoNetworks(t *testing.T) {
 
 	// One attachment less: the link stays, and the other's settings hold alone.
 	for _, p := range []*pod{client, server} {
-		must.Do(t, p.Del(t.Context(), second, "net1"))
+		s.detach(p.Pod, second, "net1")
 		must.Do(t, p.Check(t.Context(), first, node.IfName))
 	}
 	s.wantLinks(both...)
@@ -334,10 +336,10 @@ func TestTwoNetworks(t *testing.T) {
 	// A network that is off keeps the whole pod plain, while it is attached.
 	off := must.Get(s.Conflist([]byte(`{"cniVersion":"1.0.0","name":"third","plugins":[
 		{"type":"ptp","ipam":{"type":"host-local","ranges":[[{"subnet":"10.98.0.0/16"}]]}},{"type":"skipstack","mode":"off"}]}`)))(t)
-	must.Get(server.Add(t.Context(), off, "net2"))(t)
+	s.attach(server.Pod, off, "net2")
 	s.wantPlain("a pod on a network with mode off", direct(client, server))
 	s.wantLinks(both...)
-	must.Do(t, server.Del(t.Context(), off, "net2"))
+	s.detach(server.Pod, off, "net2")
 	s.wantAcceleratedIf(accepted(t), "after that network's DEL", direct(client, server))
 }
 
@@ -374,11 +376,11 @@ func TestCRIO(t *testing.T) {
 	raw, _, err := cni.GetNetworkListCachedConfig(list, server.RuntimeConf(node.IfName))
 	must.Do(t, err)
 	cached := must.Get(libcni.ConfListFromBytes(raw))(t)
-	must.Do(t, server.Del(t.Context(), cached, node.IfName))
+	s.detach(server.Pod, cached, node.IfName)
 	s.wantLinks(client.cgroupID(t))
 	// A configuration that was broken since does not keep DEL from its work.
 	broken := s.network(node.Network{Skipstack: map[string]any{"mode": 7, "onError": "fail", "nonsense": true}})
-	must.Do(t, client.Del(t.Context(), broken, node.IfName))
+	s.onTime(client.ID, func() error { return client.Del(t.Context(), broken, node.IfName) }, func() { s.attach(client.Pod, list, node.IfName) })
 	s.wantNothing()
 }
 
@@ -412,9 +414,12 @@ func TestWithoutKubernetes(t *testing.T) {
 		rt.Args, rt.CapabilityArgs = nil, nil
 		rt.NetNS = "/proc/" + strconv.Itoa(proc.Pid()) + "/ns/net"
 		cni := s.CNI()
-		must.Do(t, cni.DelNetworkList(t.Context(), list, rt))
-		_, err := cni.AddNetworkList(t.Context(), list, rt)
-		must.Do(t, err)
+		del := func() { must.Do(t, cni.DelNetworkList(t.Context(), list, rt)) }
+		del()
+		s.onTime(p.ID, func() error {
+			_, err := cni.AddNetworkList(t.Context(), list, rt)
+			return err
+		}, del)
 		t.Cleanup(func() {
 			// Once more when the process is gone, and its pid with it.
 			must.Do(t, cni.DelNetworkList(context.Background(), list, rt))
@@ -477,6 +482,7 @@ func TestUnreadLimit(t *testing.T) {
 		list := s.network(node.Network{Skipstack: withAccepting("unreadLimit", tc.limit)})
 		client, server := s.twoPods(list, node.PodOptions{})
 		a, b := s.connect(direct(client, server))
+		s.wantRedirected(a, b)
 		before := s.counters()
 		for range 64 {
 			must.Get(a.Write(make([]byte, 1024)))(t)

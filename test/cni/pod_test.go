@@ -25,7 +25,9 @@ type pod struct {
 // pod makes a pod and attaches it to the network.
 func (s *site) pod(name string, list *libcni.NetworkConfigList, o node.PodOptions) *pod {
 	s.t.Helper()
-	return s.peopled(must.Get(s.AddPod(s.t.Context(), name, list, o))(s.t))
+	p := must.Get(s.NewPod(name, o))(s.t)
+	s.attach(p, list, node.IfName)
+	return s.peopled(p)
 }
 
 // peopled starts a process in the pod.
@@ -50,7 +52,11 @@ func (s *site) close(p *pod) {
 			break
 		}
 	}
+	id, mark := p.cgroupID(s.t), s.log.len()
 	must.Do(s.t, p.Close(s.t.Context()))
+	if late(s.log.since(mark)) {
+		s.waitLinkSwept(id)
+	}
 }
 
 func (p *pod) cgroupID(t *testing.T) uint64 {
@@ -129,6 +135,13 @@ func (s *site) exchange(r route) datapath.Counters {
 	return s.counters().Since(before)
 }
 
+// Of so many handshakes, and of those in so long a time, one is quick enough for the
+// connection to be enrolled.
+const (
+	handshakes = 10
+	stall      = 30 * time.Second
+)
+
 // wantAccelerated checks that connections are enrolled and their bytes redirected.
 // A connection whose handshake takes milliseconds, on a machine that is busy with
 // other things, stays plain by design: one of several must do. So does one while
@@ -136,10 +149,10 @@ func (s *site) exchange(r route) datapath.Counters {
 func (s *site) wantAccelerated(what string, r route) {
 	s.t.Helper()
 	seen := map[string]uint64{}
-	short := time.Now().Add(patience)
-	for tries := 0; tries < 10; tries++ {
+	start := time.Now()
+	for tries := 0; tries < handshakes || time.Since(start) < stall; tries++ {
 		d := s.exchange(r)
-		if d.Messages["memory"].Messages > 0 && time.Now().Before(short) {
+		if d.Messages["memory"].Messages > 0 && time.Since(start) < patience {
 			tries--
 			time.Sleep(tick)
 			continue

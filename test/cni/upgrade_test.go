@@ -9,9 +9,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strings"
+	"sync/atomic"
 	"testing"
-	"time"
 
 	"github.com/containernetworking/cni/pkg/types"
 
@@ -62,7 +61,7 @@ func (s *site) place(build string) {
 // with runs a command of that build.
 func (s *site) with(build string, args ...string) outcome {
 	s.t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), hang)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, build, append(args, "--bpffs", s.BPFFS, "--run-dir", s.RunDir, "--cgroup-root", s.CgroupRoot)...)
 	cmd.Env = []string{"PATH=" + os.Getenv("PATH")}
@@ -98,9 +97,7 @@ func TestUpgradeUnderTraffic(t *testing.T) {
 	var pairs [][2]*traffic.Conn
 	for range 3 {
 		one, two := s.connect(direct(client, server))
-		for _, c := range []*traffic.Conn{one, two} {
-			must.Do(t, c.SetDeadline(time.Now().Add(10*time.Minute)))
-		}
+		unlimited(t, one, two)
 		pairs = append(pairs, [2]*traffic.Conn{one, two})
 	}
 	// Small messages, so that the machine is left some time for the rest.
@@ -121,27 +118,28 @@ func TestUpgradeUnderTraffic(t *testing.T) {
 
 	// Pods come and go all the time.
 	stop, ended := make(chan struct{}), make(chan error, 1)
-	churned := 0
+	var churned atomic.Int32
 	go func() {
-		for ; ; churned++ {
+		for i := 0; ; i++ {
 			select {
 			case <-stop:
 				ended <- nil
 				return
 			default:
 			}
-			p, err := s.AddPod(context.Background(), fmt.Sprintf("churn-%d", churned), strict, node.PodOptions{})
+			p, err := s.AddPod(context.Background(), fmt.Sprintf("churn-%d", i), strict, node.PodOptions{})
 			if err == nil {
 				err = p.Close(context.Background())
 			}
 			var coded *types.Error
-			if errors.As(err, &coded) && strings.Contains(coded.Details, "not done in time") {
+			if errors.As(err, &coded) && late(coded.Details) {
 				continue // the machine is busy with other things
 			}
 			if err != nil {
-				ended <- fmt.Errorf("pod %d: %w", churned, err)
+				ended <- fmt.Errorf("pod %d: %w", i, err)
 				return
 			}
+			churned.Add(1)
 		}
 	}()
 
@@ -154,15 +152,15 @@ func TestUpgradeUnderTraffic(t *testing.T) {
 		got := s.with(build, "load", "--json")
 		s.wantJSON(map[string]any{"was": "another build", "open": true}, got)
 		moving()
-		after := s.redirected(title(client))
-		if len(after) < len(pairs) {
-			t.Errorf("turn %d: %d connections, want %d", turn, len(after), len(pairs))
-		}
-		for addr, n := range after {
-			if old, ok := before[addr]; ok && n <= old {
-				t.Errorf("turn %d: the connection of %s has redirected no message since the change", turn, addr)
+		wait(t, "every connection redirects messages since the change", func() (string, bool) {
+			after := s.redirected(title(client))
+			ok := len(after) >= len(pairs)
+			for addr, n := range after {
+				old, known := before[addr]
+				ok = ok && (!known || n > old)
 			}
-		}
+			return fmt.Sprintf("turn %d: %v, before %v", turn, after, before), ok
+		})
 		s.wantAccelerated("new connections of old pods", direct(client, server))
 		late := s.pod(fmt.Sprintf("late-%d", turn), list, node.PodOptions{})
 		s.wantAccelerated("a new pod", direct(late, server))
@@ -172,12 +170,13 @@ func TestUpgradeUnderTraffic(t *testing.T) {
 		got = s.with(build, "load", "--json")
 		s.wantJSON(map[string]any{"was": "this build"}, got)
 	}
+	wait(t, "a pod has come and gone", func() (string, bool) { return "", churned.Load() > 0 || len(ended) > 0 })
 	close(stop)
 	must.Do(t, <-ended)
-	if churned == 0 {
-		t.Error("no pod has come and gone")
-	}
 	moving()
+	for _, pair := range pairs {
+		extend(t, pair[0], pair[1])
+	}
 	must.Do(t, load.Stop())
 	for _, pair := range pairs {
 		must.Do(t, errors.Join(pair[0].Close(), pair[1].Close()))

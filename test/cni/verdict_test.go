@@ -39,10 +39,12 @@ func children(t *testing.T, match func(cmdline, stat string) bool) []string {
 	return found
 }
 
-// probers lists the detached probers that run.
-func probers(t *testing.T) []string {
-	t.Helper()
-	return children(t, func(cmdline, _ string) bool { return strings.Contains(cmdline, " probe --lock-fd=") })
+// probers lists the node's detached probers that run.
+func (s *site) probers() []string {
+	s.t.Helper()
+	return children(s.t, func(cmdline, _ string) bool {
+		return strings.Contains(cmdline, " probe --lock-fd=") && strings.Contains(cmdline, `"runDir":"`+s.RunDir+`"`)
+	})
 }
 
 // orphans counts orphaned children that have ended and are not reaped, which
@@ -69,8 +71,40 @@ func (s *site) verdictFile() string {
 // datapath and waits for no verdict; a process of its own finds it, holds nothing
 // of the ADD's, and opens the gate. The pods that came before are accelerated then.
 func TestFirstPods(t *testing.T) {
-	s := newSite(t, options{unprobed: true})
-	p := s.light()
+	// A prober that has ended before this process looked at it, or an ADD that had no
+	// time to load, is no test.
+	var s *site
+	var p light
+	for deadline := time.Now().Add(patience); ; {
+		s = newSite(t, options{unprobed: true})
+		p = s.light()
+		err := s.firstPod(p)
+		if err == nil {
+			break
+		}
+		if time.Now().After(deadline) || t.Failed() {
+			t.Fatal(err)
+		}
+		t.Log("again:", err)
+	}
+
+	// A connection that is older than the gate stays plain, and whole.
+	list := s.network(node.Network{})
+	client, server := s.twoPods(list, node.PodOptions{})
+	wait(t, "early pods are accelerated", func() (string, bool) {
+		d := s.exchange(direct(client, server))
+		s.reprobe()
+		return fmt.Sprint(d.Connections), d.Connections["enrolled"] > 0 && d.Messages["redirected"].Messages > 0 || !accepted(t)
+	})
+	s.waitGate()
+	s.want(0, s.run(p.call().del()))
+}
+
+// firstPod runs the node's first ADD. It returns an error where that had no time, or
+// the prober that it started was not seen.
+func (s *site) firstPod(p light) error {
+	s.t.Helper()
+	t := s.t
 	var read, write [2]*os.File // standard output and error
 	for i := range read {
 		var err error
@@ -91,18 +125,19 @@ func TestFirstPods(t *testing.T) {
 	}
 	took := time.Since(start)
 	must.Do(t, cmd.Wait())
-	if s.verdictFile() != "" {
-		t.Error("the ADD has waited for the verdict")
+	running := s.probers()
+	if string(printed[0]) != prevResult || len(running) > 1 {
+		t.Errorf("printed %q; probers %v run, want one", printed[0], running)
 	}
-	running := probers(t)
-	if len(running) != 1 {
-		t.Errorf("probers %v run, want one", running)
+	if took > budget+startUp || late(string(printed[1])) || s.unfinished(p.id) {
+		return fmt.Errorf("ADD took %v: %s", took, printed[1])
 	}
-	if took > budget+startUp || string(printed[0]) != prevResult || len(printed[1]) > 0 {
-		t.Errorf("after %v printed %q and %q", took, printed[0], printed[1])
+	if len(printed[1]) > 0 {
+		t.Errorf("logged %s", printed[1])
 	}
 	t.Logf("the first ADD, which loads the datapath, took %v", took)
 	for _, pid := range running {
+		// Of one that ends, that is empty.
 		env := must.Get(os.ReadFile(filepath.Join("/proc", pid, "environ")))(t)
 		if strings.Contains(string(env), "CNI_") {
 			t.Errorf("the prober has CNI's variables: %q", env)
@@ -112,18 +147,35 @@ func TestFirstPods(t *testing.T) {
 		}
 	}
 	s.wantRecord(p.id, "attached", "")
-	if s.gate().Open {
+	open := s.gate().Open
+	if s.verdictFile() != "" || len(running) == 0 {
+		return errors.New("the verdict is known when the ADD ends, or it has started no prober")
+	}
+	if open {
 		t.Error("the gate is open without a verdict")
 	}
+	return nil
+}
 
-	// A connection that is older than the gate stays plain, and whole.
-	list := s.network(node.Network{})
-	client, server := s.twoPods(list, node.PodOptions{})
-	wait(t, "early pods are accelerated", func() (string, bool) {
-		d := s.exchange(direct(client, server))
-		return fmt.Sprint(d.Connections), d.Connections["enrolled"] > 0 && d.Messages["redirected"].Messages > 0 || !accepted(t)
-	})
-	s.waitGate()
+// unclear says whether there is a verdict with a probe that could not tell, as happens
+// on a busy machine.
+func (s *site) unclear() bool {
+	s.t.Helper()
+	content, _ := os.ReadFile(s.verdictFile())
+	return verdict{content: content}.unclear()
+}
+
+// reprobe has the kernel probed again where a prober could not tell: ADDs would have it
+// tried again after a minute.
+func (s *site) reprobe() {
+	s.t.Helper()
+	if len(s.probers()) > 0 || s.gate().Open || !s.unclear() {
+		return
+	}
+	s.t.Log("again: the machine was too busy for the prober")
+	must.Do(s.t, os.Remove(s.verdictFile()))
+	p := s.light()
+	s.want(0, s.run(p.call().add()))
 	s.want(0, s.run(p.call().del()))
 }
 
@@ -142,14 +194,18 @@ func TestManyFirstPods(t *testing.T) {
 	done := make(chan struct{})
 	var most int
 	verdicts := map[uint64]bool{} // inodes
+	look := func() {
+		var st unix.Stat_t
+		if unix.Stat(s.verdictFile(), &st) == nil && !s.unclear() {
+			verdicts[st.Ino] = true
+		}
+	}
 	watched := make(chan struct{})
 	go func() {
 		defer close(watched)
 		for {
-			most = max(most, len(probers(t)))
-			if file := s.verdictFile(); file != "" {
-				verdicts[inode(t, file)] = true
-			}
+			most = max(most, len(s.probers()))
+			look()
 			select {
 			case <-done:
 				return
@@ -157,22 +213,23 @@ func TestManyFirstPods(t *testing.T) {
 			}
 		}
 	}()
-	var took slowest
+	var adds crowd
 	var wg sync.WaitGroup
 	for _, p := range pods {
-		wg.Go(func() { s.want(0, took.saw(s.run(p.call().add()))) })
+		wg.Go(func() { s.want(0, adds.saw(s.once(p.call().add()))) })
 	}
 	wg.Wait()
 	s.waitGate()
 	close(done)
 	<-watched
-	verdicts[inode(t, s.verdictFile())] = true
-	took.within(t)
-	wait(t, "the probers have ended", func() (string, bool) { return "", len(probers(t)) == 0 && orphans(t) > before })
-	s.wantAll(pods)
+	look()
+	adds.log(t)
+	wait(t, "the probers have ended", func() (string, bool) { return "", len(s.probers()) == 0 && orphans(t) > before })
+	s.wantAll(pods, &adds)
 	// One that looked for the verdict just before it was there starts another
-	// prober, which has nothing to do, and so does one that has no time.
-	if n := orphans(t) - before; most > 2 || n < 1 || len(verdicts) != 1 {
+	// prober, which has nothing to do, and so does one that has no time. They come one
+	// after the other, but on a slow machine one may take long to end.
+	if n := orphans(t) - before; most > 2+len(adds.late) || n < 1 || len(verdicts) != 1 {
 		t.Errorf("%d probers were started, %d seen at once, %d verdicts written, want one each", n, most, len(verdicts))
 	}
 	for _, p := range pods {
@@ -183,30 +240,53 @@ func TestManyFirstPods(t *testing.T) {
 
 // A prober that is killed leaves nothing that the next one does not clear away.
 func TestProberKilled(t *testing.T) {
-	s := newSite(t, options{unprobed: true})
-	p := s.light()
-	for i := range 4 {
-		s.want(0, s.run(p.call().add()))
-		pids := probers(t)
-		if len(pids) != 1 {
-			t.Fatalf("probers %v, want one", pids)
+	var s *site
+	var p light
+	afresh := func() {
+		s = newSite(t, options{unprobed: true})
+		p = s.light()
+	}
+	afresh()
+	for i, deadline := 0, time.Now().Add(patience); i < 4; {
+		if s.killsProber(p, i) {
+			i++
+			continue
 		}
-		// Once at once, then ever later on its way.
-		scratch := func() []string { return must.Get(filepath.Glob(filepath.Join(s.CgroupRoot, "skipstack-probe-*")))(t) }
-		if i > 0 {
-			wait(t, "the prober has its cgroup", func() (string, bool) { return "", len(scratch()) > 0 })
-			time.Sleep(time.Duration(i-1) * 50 * time.Millisecond) // any point will do
+		// It has opened the gate, and no ADD of that node starts another.
+		if time.Now().After(deadline) {
+			t.Fatal("it was never killed before it knew the verdict")
 		}
-		must.Do(t, unix.Kill(atoi(t, pids[0]), unix.SIGKILL))
-		s.waitProber()
-		if s.verdictFile() != "" {
-			t.Error("it was not killed before it knew the verdict")
-		}
+		t.Log("again: the prober was not killed in time")
+		afresh()
 	}
 	s.want(0, s.run(p.call().add()))
 	s.waitGate()
 	s.want(0, s.run(p.call().del()))
 	s.wantNothing()
+}
+
+// killsProber runs an ADD and kills the prober that it starts: at once, or ever later on
+// its way. It returns false if the prober was done before.
+func (s *site) killsProber(p light, when int) bool {
+	s.t.Helper()
+	s.want(0, s.run(p.call().add()))
+	pids := s.probers()
+	if len(pids) > 1 {
+		s.t.Fatalf("probers %v, want one", pids)
+	}
+	if len(pids) == 0 {
+		return false
+	}
+	if when > 0 {
+		wait(s.t, "the prober has its cgroup, or ends", func() (string, bool) {
+			scratch := must.Get(filepath.Glob(filepath.Join(s.CgroupRoot, "skipstack-probe-*")))(s.t)
+			return "", len(scratch) > 0 || len(s.probers()) == 0
+		})
+		time.Sleep(time.Duration(when-1) * 50 * time.Millisecond) // any point will do
+	}
+	must.Do(s.t, unix.Kill(atoi(s.t, pids[0]), unix.SIGKILL))
+	s.waitProber()
+	return s.verdictFile() == ""
 }
 
 // forge makes a verdict of another kernel, on which these probes are not ok.
@@ -278,7 +358,7 @@ func TestVerdicts(t *testing.T) {
 			s.wantAcceleratedIf(tc.asks, "asked for", direct(c, d))
 			e, f := s.twoPods(s.network(node.Network{}), node.PodOptions{})
 			s.wantAcceleratedIf(tc.accept, "accepted", direct(e, f))
-			if len(probers(t)) > 0 {
+			if len(s.probers()) > 0 {
 				t.Error("a verdict that is known is looked for")
 			}
 		})
@@ -307,12 +387,7 @@ func TestUnsupported(t *testing.T) {
 	p := s.light()
 	for _, mode := range []string{"auto", "on"} {
 		c := p.call(`"mode":"` + mode + `"`)
-		var got outcome
-		for range 5 { // an emulated machine that is busy may not be in time
-			if got = s.want(0, s.run(c.add())); !late(got.stderr) {
-				break
-			}
-		}
+		got := s.want(0, s.run(c.add()))
 		if mode == "auto" {
 			s.wantLines(1, why, got)
 		}

@@ -25,7 +25,7 @@ func TestCgroupViews(t *testing.T) {
 	}
 	var out bytes.Buffer
 	exit, err := node.Isolate(t.Context(), node.Command{
-		Args: []string{"-test.v", "-test.run", inBothViews, "-test.timeout", "10m"}, Env: os.Environ(),
+		Args: []string{"-test.v", "-test.run", inBothViews, "-test.timeout", "0"}, Env: os.Environ(),
 		Stdout: &out, Stderr: &out, UnifiedCgroups: true,
 	})
 	must.Do(t, err)
