@@ -4,13 +4,9 @@ import (
 	"fmt"
 	"slices"
 	"strings"
-	"time"
 
 	"golang.org/x/sys/unix"
 )
-
-// soon is how long to wait for something that only one of the modes may bring.
-func (c *trial) soon() time.Duration { return 2 * time.Second }
 
 var ancillaries = []behaviour{
 	{name: "SO_TIMESTAMP", does: "receive timestamps with the bytes", run: func(c *trial) {
@@ -30,7 +26,7 @@ var ancillaries = []behaviour{
 			unix.SOF_TIMESTAMPING_SOFTWARE|unix.SOF_TIMESTAMPING_OPT_ID|unix.SOF_TIMESTAMPING_OPT_TSONLY)
 		a.deliver(10)
 		b.read(10)
-		got := within(c.soon(), func() bool {
+		got := within(soon, func() bool {
 			_, oobn, _, _, err := unix.Recvmsg(a.fd, make([]byte, 10), make([]byte, 500), unix.MSG_ERRQUEUE)
 			return err == nil && oobn > 0
 		})
@@ -71,7 +67,7 @@ var ancillaries = []behaviour{
 // timestamped receives until a timestamp comes along. The kernel begins to take them
 // a while after the first socket has asked.
 func (e *end) timestamped(from *end) (last string) {
-	within(e.c.soon(), func() bool {
+	within(soon, func() bool {
 		from.deliver(10)
 		last = e.control(0)
 		return strings.Contains(last, "timestamp")

@@ -152,7 +152,7 @@ var blockings = []behaviour{
 			return first.returned()
 		})
 		// What the other does before there is something for it.
-		if !within(time.Second, other.returned) {
+		if !within(soon, other.returned) {
 			b.write(10)
 		}
 		both := []string{first.got, other.result()}
@@ -171,7 +171,7 @@ var blockings = []behaviour{
 		k := c.start(unix.SYS_RECVFROM, func() string { return a.recv(100, 0) })
 		k.mustBlock()
 		c.note("%s", a.shutdown(unix.SHUT_WR))
-		if !within(time.Second, k.returned) {
+		if !within(soon, k.returned) {
 			c.note("goes on")
 		}
 		b.write(10)

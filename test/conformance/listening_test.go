@@ -267,8 +267,13 @@ func (c *trial) samePorts(use func(near, far *end)) {
 	l := c.listen(socketOptions{})
 	defer unix.Close(l.FD)
 	port := 0 // any at first
-	bind := socketOptions{client: func(fd int) error {
-		return unix.Bind(fd, &unix.SockaddrInet4{Addr: c.rig.client.addr().As4(), Port: port})
+	bind := socketOptions{client: func(fd int) (err error) {
+		// The last connection is gone when its last segment has been acknowledged.
+		within(patience, func() bool {
+			err = unix.Bind(fd, &unix.SockaddrInet4{Addr: c.rig.client.addr().As4(), Port: port})
+			return !errors.Is(err, unix.EADDRINUSE)
+		})
+		return err
 	}}
 	for range 20 {
 		near := c.dial(l, bind)

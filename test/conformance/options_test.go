@@ -104,7 +104,7 @@ var options = []behaviour{
 	}},
 	{name: "TCP_USER_TIMEOUT on an idle connection", does: "with keepalive it ends an idle connection whose network is down, and no other", run: func(c *trial) {
 		a, b := c.pair()
-		a.set(unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, 1500)
+		a.set(unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, int(soon.Milliseconds()))
 		a.keepalive(1, 1, 100)
 		a.warm()
 		before := c.probes(a)

@@ -23,7 +23,8 @@ type trial struct {
 	rig         *rig
 	connections int  // that were made and can be accelerated
 	closed      bool // the gate, in mode switched
-	disturbed   bool // by a shortage of memory, or by a row before
+	late        bool // a SYN-ACK was sent twice, and the second has another number
+	disturbed   bool // by that, by a shortage of memory, or by a row before
 
 	mu      sync.Mutex
 	notes   []string
@@ -190,6 +191,9 @@ func (c *trial) accept(l *traffic.Listener, o socketOptions) *end {
 	c.check(err)
 	e := &end{c: c, fd: fd}
 	c.later(e.close)
+	info, err := unix.GetsockoptTCPInfo(fd, unix.IPPROTO_TCP, unix.TCP_INFO)
+	c.check(err)
+	c.late = c.late || info.Total_retrans > 0
 	return e
 }
 

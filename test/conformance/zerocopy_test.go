@@ -118,7 +118,7 @@ var zeroCopies = []behaviour{
 		a.set(unix.SOL_SOCKET, unix.SO_ZEROCOPY, 1)
 		c.note("%s", a.send(10_000, unix.MSG_ZEROCOPY))
 		b.read(10_000)
-		got := within(c.soon(), func() bool {
+		got := within(soon, func() bool {
 			_, oobn, _, _, err := unix.Recvmsg(a.fd, nil, make([]byte, 200), unix.MSG_ERRQUEUE)
 			return err == nil && oobn > 0
 		})
