@@ -47,6 +47,7 @@ func podOf(t *testing.T, r plugin.Report, title string) plugin.PodReport {
 // send sends bytes in messages of 4000 and reads them.
 func send(t *testing.T, from, to *traffic.Conn, size int) {
 	t.Helper()
+	extend(t, from, to)
 	for size > 0 {
 		n := min(size, 4000)
 		must.Get(from.Write(make([]byte, n)))(t)
@@ -134,10 +135,10 @@ func TestStatusAndConnections(t *testing.T) {
 		got := s.connections()
 		return fmt.Sprint(got), len(got) == 0
 	})
-	r = s.status()
-	if got := podOf(t, r, title(client)); got.Redirected.Bytes+got.Passed.Bytes != 100_777 || got.Connections != 0 {
-		t.Errorf("after the end: %+v", got)
-	}
+	wait(t, "the pod has the connection's bytes", func() (string, bool) {
+		got := podOf(t, s.status(), title(client))
+		return fmt.Sprintf("%+v", got), got.Redirected.Bytes+got.Passed.Bytes == 100_777 && got.Connections == 0
+	})
 }
 
 // title is the pod's name as status prints it.

@@ -169,7 +169,7 @@ func (s *site) unclear() bool {
 // tried again after a minute.
 func (s *site) reprobe() {
 	s.t.Helper()
-	if len(s.probers()) > 0 || s.gate().Open || !s.unclear() {
+	if len(s.probers()) > 0 || s.open() || !s.unclear() {
 		return
 	}
 	s.t.Log("again: the machine was too busy for the prober")
