@@ -10,7 +10,8 @@ LLVM_STRIP ?= llvm-strip-19
 BPF_CFLAGS ?= $(addprefix -I,$(wildcard /usr/include/$(shell uname -m)-linux-gnu))
 TESTFLAGS  ?=
 # CI's command summary sets TEST_REPORT, and reads what go test prints (see test/report).
-GOTEST     := $(GO) test $(if $(TEST_REPORT),-json -count=1)
+# A package may take an hour: the limit is for tests that hang, not for slow machines.
+GOTEST     := $(GO) test -timeout 1h $(if $(TEST_REPORT),-json -count=1)
 REPORTFLAGS := $(if $(TEST_REPORT),-json '$(TEST_REPORT)')
 
 Q := $(if $(V),,@)
