@@ -279,7 +279,7 @@ func noWerror(args []string) []string {
 }
 
 func (m *mutator) test(ctx context.Context, overlay, pkg, test string) (out []byte, passed bool, err error) {
-	cmd := exec.CommandContext(ctx, "go", "test", "-overlay="+overlay, "-count=1", "-v", "-timeout=5m", "-run", test, cmp.Or(pkg, "./test/datapath"))
+	cmd := exec.CommandContext(ctx, "go", "test", "-overlay="+overlay, "-count=1", "-v", "-failfast", "-timeout=20m", "-run", test, cmp.Or(pkg, "./test/datapath"))
 	cmd.Dir = m.root
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
 	out, err = cmd.CombinedOutput()
