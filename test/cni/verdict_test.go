@@ -86,6 +86,7 @@ func TestFirstPods(t *testing.T) {
 			t.Fatal(err)
 		}
 		t.Log("again:", err)
+		s.want(0, s.run(p.call().del()))
 	}
 
 	// A connection that is older than the gate stays plain, and whole.
@@ -257,6 +258,7 @@ func TestProberKilled(t *testing.T) {
 			t.Fatal("it was never killed before it knew the verdict")
 		}
 		t.Log("again: the prober was not killed in time")
+		s.want(0, s.run(p.call().del()))
 		afresh()
 	}
 	s.want(0, s.run(p.call().add()))
