@@ -111,6 +111,32 @@ func init() {
 	for _, name := range []string{expExchange, expShuffle, expWaiting, expFlood, expWake, expSplice, expProxy} {
 		fakes["hang "+name] = func(table map[string]experiment) { table[name] = hang }
 	}
+	for _, sizes := range bufferSizes {
+		fakes["tcp_rmem "+sizes] = func(map[string]experiment) { tune(sizes) }
+	}
+}
+
+// bufferSizes are what net.ipv4.tcp_rmem may be on a node: least, default and most.
+var bufferSizes = []string{
+	"4096 131072 6291456", // the kernel's default
+	"4096 16384 65536",
+	"4096 87380 174760",
+	"4096 262144 6291456",
+	"4096 1048576 33554432",
+	"4096 6291456 6291456",
+	"4096 16777216 16777216",
+	"4096 67108864 134217728",
+}
+
+// tune does to the worker's network namespace what the kernel does when the node's is
+// tuned (tcp_sk_init(), net/ipv4/tcp_ipv4.c): it hands both on to new namespaces.
+func tune(sizes string) {
+	for _, name := range []string{"tcp_rmem", "tcp_wmem"} {
+		if err := os.WriteFile("/proc/sys/net/ipv4/"+name, []byte(sizes), 0); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(3)
+		}
+	}
 }
 
 // oneMode sends less than the limit, so nothing goes by TCP.

@@ -253,6 +253,21 @@ func othersOK(t *testing.T, v *Verdict, probe string) {
 	}
 }
 
+// TestTunedBuffers: a verdict is on the kernel, whatever buffers TCP has on the node.
+func TestTunedBuffers(t *testing.T) {
+	usual := runFake(t, "tcp_rmem "+bufferSizes[0], conclusive)
+	for _, sizes := range bufferSizes[1:] {
+		t.Run(sizes, func(t *testing.T) {
+			v := runFake(t, "tcp_rmem "+sizes, conclusive)
+			for i, want := range usual.Probes {
+				if p := v.Probes[i]; p.Result != want.Result {
+					t.Errorf("%+v, else %+v", p, want)
+				}
+			}
+		})
+	}
+}
+
 func TestHangingProbe(t *testing.T) {
 	for experiment, probe := range map[string]string{
 		expExchange: ProbeRedirect,

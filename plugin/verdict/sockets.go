@@ -69,6 +69,7 @@ type addresses struct {
 	name            string
 	server, clients unix.Sockaddr
 	window          int // TCP_WINDOW_CLAMP of both ends, 0 for none
+	buffer          int // SO_RCVBUF of both ends, 0 for what the node has
 }
 
 func overIPv4() addresses {
@@ -94,9 +95,9 @@ func noIPv6(err error) bool {
 	return errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.EADDRNOTAVAIL)
 }
 
-func newSocket(a unix.Sockaddr, window int) (sock, error) {
+func (a addresses) newSocket(at unix.Sockaddr) (s sock, err error) {
 	family := unix.AF_INET
-	if _, ok := a.(*unix.SockaddrInet6); ok {
+	if _, ok := at.(*unix.SockaddrInet6); ok {
 		family = unix.AF_INET6
 	}
 	// Only non-blocking sockets are enrolled.
@@ -104,18 +105,32 @@ func newSocket(a unix.Sockaddr, window int) (sock, error) {
 	if err != nil {
 		return sock{}, fmt.Errorf("socket: %w", err)
 	}
-	if window > 0 {
-		// A buffer that does not grow by itself keeps the clamp in force.
-		err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, 64<<10)
-		if err == nil {
-			err = unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_WINDOW_CLAMP, window)
-		}
+	defer func() {
 		if err != nil {
 			unix.Close(fd)
-			return sock{}, fmt.Errorf("setsockopt(SO_RCVBUF, TCP_WINDOW_CLAMP): %w", err)
+		}
+	}()
+	if a.buffer > 0 {
+		if err := setBuffer(fd, unix.SO_RCVBUFFORCE, unix.SO_RCVBUF, a.buffer); err != nil {
+			return sock{}, fmt.Errorf("setsockopt(SO_RCVBUF): %w", err)
+		}
+	}
+	if a.window > 0 {
+		if err := unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_WINDOW_CLAMP, a.window); err != nil {
+			return sock{}, fmt.Errorf("setsockopt(TCP_WINDOW_CLAMP): %w", err)
 		}
 	}
 	return sock{fd}, nil
+}
+
+// setBuffer sets a buffer's size, whatever net.core.rmem_max and wmem_max allow, if the
+// caller may (CAP_NET_ADMIN). From then on TCP leaves the size alone.
+func setBuffer(fd, force, option, size int) error {
+	err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, force, size)
+	if err == unix.EPERM {
+		err = unix.SetsockoptInt(fd, unix.SOL_SOCKET, option, size)
+	}
+	return err
 }
 
 // withPort returns the address with another's port.
@@ -146,7 +161,7 @@ func (l lab) connect(a addresses) (client, server sock, err error) {
 }
 
 func (l lab) tryConnect(a addresses) (client, server sock, err error) {
-	listener, err := newSocket(a.server, a.window)
+	listener, err := a.newSocket(a.server)
 	if err != nil {
 		return sock{}, sock{}, err
 	}
@@ -167,7 +182,7 @@ func (l lab) tryConnect(a addresses) (client, server sock, err error) {
 	if err != nil {
 		return sock{}, sock{}, fmt.Errorf("getsockname: %w", err)
 	}
-	client, err = newSocket(a.clients, a.window)
+	client, err = a.newSocket(a.clients)
 	if err != nil {
 		return sock{}, sock{}, err
 	}
