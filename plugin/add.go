@@ -165,6 +165,8 @@ type job struct {
 	podUID string
 	notes  []note
 	probed bool // a moment ago, in vain
+	// unguarded says that the splice guard was not to be had for the node's gate.
+	unguarded bool
 	// pending says that the pod could be attached later, see [Node.adopt].
 	pending bool
 	plain   string // why the pod is plain although it is attached
@@ -217,8 +219,10 @@ func (j *job) do(ctx context.Context) error {
 		return err
 	}
 	j.compareSize(set)
-	if !gate.Open {
+	if !gate.Open || j.unguarded {
 		j.startProber(false)
+	} else if j.outdated(set, gate) {
+		j.lookAgain()
 	}
 	p.did("done")
 	return nil
@@ -326,6 +330,25 @@ func (j *job) startProber(load bool) {
 	}
 }
 
+// outdated tells if the gate, which is open, should be looked at again: a probe of
+// its verdict could not tell, some time ago, or there is another verdict by now. The
+// programs of another build are left as they are: this build's verdict is not theirs.
+func (j *job) outdated(set Set, gate datapath.NodeSettings) bool {
+	v, err := j.p.Verdicts.Cached(j.conf.RunDir)
+	if err != nil || v.Inconclusive() {
+		return false
+	}
+	build, err := set.Build()
+	return err == nil && build == datapath.Build() && (v.Due || v.differs(j.conf, gate))
+}
+
+// lookAgain has the prober bring the gate up to date.
+func (j *job) lookAgain() {
+	if err := j.p.Prober.Start(j.conf, false); err != nil {
+		j.notes = append(j.notes, note{"prober", "the kernel cannot be probed again, so pods go by what is known: `skipstack load` tries again", err})
+	}
+}
+
 // attach does steps 2 to 6 of [Plugin.Add] and returns the node's gate.
 func (j *job) attach(ctx context.Context, set Set, pod *podcgroup.Pod, verdict *Verdict) (gate datapath.NodeSettings, err error) {
 	p, conf := j.p, j.conf
@@ -336,7 +359,10 @@ func (j *job) attach(ctx context.Context, set Set, pod *podcgroup.Pod, verdict *
 	defer lock.Unlock()
 	p.did("locked")
 
-	if err = j.unlessGuard(openGate(set, conf, verdict)); err != nil {
+	err = openGate(set, conf, verdict)
+	// Nobody else would try again to load what is missing.
+	j.unguarded = errors.Is(err, datapath.ErrGuard)
+	if err = j.unlessGuard(err); err != nil {
 		return gate, err
 	}
 	p.did("gate opened")

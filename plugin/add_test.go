@@ -2,6 +2,7 @@ package plugin
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -302,6 +303,74 @@ func TestAddNodeGate(t *testing.T) {
 	})
 }
 
+// A gate that is open is brought up to date, in the background, when its verdict is
+// due for another look or no longer the one that it goes by.
+func TestAddOutdated(t *testing.T) {
+	const epoll, splice = datapath.RiskEpoll, datapath.RiskSplice
+	gate := func(risks datapath.Risk) datapath.NodeSettings {
+		return datapath.NodeSettings{Open: true, Risks: risks}
+	}
+	verdict := func(node datapath.NodeSettings) *Verdict { return &Verdict{Supported: node.Open, Node: node} }
+	due := func(node datapath.NodeSettings) *Verdict { v := verdict(node); v.Due = true; return v }
+	for name, tc := range map[string]struct {
+		node    datapath.NodeSettings
+		verdict *Verdict
+		conf    string
+		build   byte
+		starts  bool
+	}{
+		"as it should be":   {node: gate(epoll), verdict: verdict(gate(epoll))},
+		"switched off":      {node: datapath.NodeSettings{Open: true, SwitchedOff: true}, verdict: safe()},
+		"due":               {node: gate(epoll), verdict: due(gate(epoll)), starts: true},
+		"better":            {node: gate(epoll), verdict: safe(), starts: true},
+		"worse":             {node: gate(0), verdict: verdict(gate(epoll)), starts: true},
+		"MPTCP":             {node: gate(0), verdict: verdict(datapath.NodeSettings{Open: true, MPTCPListeners: true}), starts: true},
+		"needs the funnel":  {node: gate(0), verdict: verdict(datapath.NodeSettings{Open: true, Funnel: true}), starts: true},
+		"has had a funnel":  {node: datapath.NodeSettings{Open: true, Funnel: true}, verdict: safe()},
+		"unsupported":       {node: gate(0), verdict: &Verdict{}, starts: true},
+		"inconclusive":      {node: gate(0), verdict: inconclusive()},
+		"no verdict":        {node: gate(0)},
+		"another build":     {node: gate(0), verdict: due(gate(epoll)), build: 1},
+		"guard not wanted":  {node: gate(splice), verdict: verdict(datapath.NodeSettings{Open: true, Guard: datapath.GuardLSM}), conf: `"spliceGuard":"off"`},
+		"by another":        {node: gate(splice), verdict: verdict(datapath.NodeSettings{Open: true, Guard: datapath.GuardLSM})},
+		"guard is gone":     {node: datapath.NodeSettings{Open: true, Guard: datapath.GuardLSM}, verdict: verdict(gate(splice)), starts: true},
+		"no guard any more": {node: gate(splice), verdict: safe(), starts: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			b := newBench(t)
+			b.datapath.loaded, b.datapath.node, b.verdicts.cached = true, tc.node, tc.verdict
+			b.datapath.programs[0] += tc.build
+			r := request{conf: cmp.Or(tc.conf, `"acceptRisks":["splice","epoll"]`)}
+			b.mustAdd(r)
+			var want []bool
+			if tc.starts {
+				want = []bool{false}
+			}
+			if !slices.Equal(b.prober.starts, want) || b.verdicts.probes != 0 || b.datapath.node != tc.node {
+				t.Errorf("prober %v, %d probes in the ADD, gate %+v", b.prober.starts, b.verdicts.probes, b.datapath.node)
+			}
+			b.wantRecord(r, attachment.Attached, "")
+		})
+	}
+	t.Run("not opened yet", func(t *testing.T) {
+		b := newBench(t)
+		b.verdicts.cached = due(gate(0))
+		b.mustAdd(request{})
+		b.wantLines(0)
+		if !b.datapath.node.Open || !slices.Equal(b.prober.starts, []bool{false}) {
+			t.Errorf("gate %+v, prober %v", b.datapath.node, b.prober.starts)
+		}
+	})
+	t.Run("prober does not start", func(t *testing.T) {
+		b := newBench(t)
+		b.datapath.loaded, b.datapath.node, b.verdicts.cached = true, gate(0), due(gate(0))
+		b.prober.err = errors.New("fork: EAGAIN")
+		b.mustAdd(request{conf: `"onError":"fail"`})
+		b.wantLinks(101)
+		b.wantLines(1, "EAGAIN", "go by what is known")
+	})
+}
+
 // The guard that the verdict has found goes with the gate, unless the configuration
 // does not want one; then the risk is there, on a node that is open already too.
 func TestAddSpliceGuard(t *testing.T) {
@@ -351,6 +420,14 @@ func TestAddWithoutItsGuard(t *testing.T) {
 		b.mustAdd(request{conf: `"onError":"fail"`})
 		b.wantRecord(request{}, attachment.Attached, "")
 		b.wantLines(1, "splice(2) is not guarded", "too many programs")
+	}
+	// The prober tries again.
+	b := newBench(t)
+	b.verdicts.cached = &Verdict{Supported: true, Node: datapath.NodeSettings{Open: true, Guard: datapath.GuardLSM}}
+	b.datapath.fail["SetNode"] = fmt.Errorf("%w: too many programs", datapath.ErrGuard)
+	b.mustAdd(request{})
+	if !slices.Equal(b.prober.starts, []bool{false}) {
+		t.Errorf("prober %v", b.prober.starts)
 	}
 }
 

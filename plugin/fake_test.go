@@ -32,6 +32,7 @@ type fakeDatapath struct {
 	mu       sync.Mutex
 	loaded   bool
 	build    string
+	programs [16]byte // their build
 	max      uint32
 	node     datapath.NodeSettings
 	links    map[uint64]bool
@@ -52,7 +53,7 @@ type fakeDatapath struct {
 func newFakeDatapath() *fakeDatapath {
 	return &fakeDatapath{
 		links: map[uint64]bool{}, pods: map[uint64]datapath.PodSettings{}, counters: map[uint64]datapath.PodCounters{},
-		fail: map[string]error{}, block: map[string]chan struct{}{}, bpffsDev: 7, max: DefaultMaxConnections,
+		fail: map[string]error{}, block: map[string]chan struct{}{}, bpffsDev: 7, max: DefaultMaxConnections, programs: datapath.Build(),
 	}
 }
 
@@ -246,15 +247,21 @@ func (s *fakeSet) Node() (datapath.NodeSettings, error) {
 	return s.f.node, err
 }
 
+func (s *fakeSet) Build() ([16]byte, error) { return s.f.programs, s.f.call("Build") }
+
 func (s *fakeSet) SetNode(n datapath.NodeSettings) error {
-	if err := s.f.call("SetNode"); err != nil {
+	err := s.f.call("SetNode")
+	if err != nil && !errors.Is(err, datapath.ErrGuard) {
 		return err
 	}
 	s.f.mu.Lock()
 	defer s.f.mu.Unlock()
+	if err != nil {
+		n = unguarded(n)
+	}
 	n.SwitchedOff = s.f.node.SwitchedOff
 	s.f.node = n
-	return nil
+	return err
 }
 
 func (s *fakeSet) MaxConnections() (uint32, error) { return s.f.max, nil }
@@ -315,6 +322,12 @@ func (v *fakeVerdicts) Probe(context.Context, Config) (Verdict, error) {
 	}
 	v.cached = v.probed
 	return *v.probed, nil
+}
+
+func (v *fakeVerdicts) GuardFailed(_ Config, was Verdict, _ error) (Verdict, error) {
+	was.Node = unguarded(was.Node)
+	v.cached = &was
+	return was, nil
 }
 
 type fakeProber struct {

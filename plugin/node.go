@@ -99,7 +99,7 @@ func (n *Node) Load(ctx context.Context, conf Config) (Loaded, error) {
 	if out.Verdict, err = n.verdict(ctx, conf); err != nil {
 		return out, err
 	}
-	if err := n.apply(ctx, conf, set, out.Verdict); err != nil {
+	if out.Verdict, err = n.apply(ctx, conf, set, out.Verdict); err != nil {
 		return out, err
 	}
 	if err := n.adopt(ctx, conf, set); err != nil {
@@ -196,14 +196,17 @@ func (n *Node) probe(ctx context.Context, conf Config, load bool, held *os.File)
 		return v, err
 	}
 	defer set.Close()
-	return v, errors.Join(n.apply(ctx, conf, set, v), n.adopt(ctx, conf, set))
+	v, err = n.apply(ctx, conf, set, v)
+	return v, errors.Join(err, n.adopt(ctx, conf, set))
 }
 
 // verdict returns the cached verdict or probes: without one, and where the last
-// probe could not tell, which may go better now. The probe lock is held.
+// probe could not tell, which may go better now. What could tell too little to
+// judge the kernel is tried again at once, the rest when it is due. The probe lock
+// is held.
 func (n *Node) verdict(ctx context.Context, conf Config) (Verdict, error) {
 	v, err := n.Verdicts.Cached(conf.RunDir)
-	if err == nil && !v.Inconclusive() {
+	if err == nil && !v.Inconclusive() && !v.Due {
 		return v, nil
 	}
 	return n.Verdicts.Probe(ctx, conf)
@@ -216,14 +219,24 @@ func (n *Node) lockProbe(ctx context.Context, conf Config) (*os.File, error) {
 	return lockProbe(ctx, conf.RunDir)
 }
 
-// apply sets the node's gate to what the verdict says.
-func (n *Node) apply(ctx context.Context, conf Config, set Set, v Verdict) error {
+// apply sets the node's gate to what the verdict says. Where the splice guard cannot be
+// loaded, it returns the verdict without it, and an error that wraps
+// [datapath.ErrGuard].
+func (n *Node) apply(ctx context.Context, conf Config, set Set, v Verdict) (Verdict, error) {
 	lock, err := n.lock(ctx, conf)
 	if err != nil {
-		return err
+		return v, err
 	}
 	defer lock.Unlock()
-	return set.SetNode(v.gate(conf))
+	err = set.SetNode(v.gate(conf))
+	if !errors.Is(err, datapath.ErrGuard) {
+		return v, err
+	}
+	if node, nodeErr := set.Node(); nodeErr != nil || node.Guard != datapath.NoGuard {
+		return v, errors.Join(err, nodeErr) // each pod that is attached tries again
+	}
+	v, recordErr := n.Verdicts.GuardFailed(conf, v, err)
+	return v, errors.Join(err, recordErr)
 }
 
 func (n *Node) lock(ctx context.Context, conf Config) (*attachment.Lock, error) {

@@ -3,6 +3,7 @@ package plugin
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -160,6 +161,50 @@ func TestProbe(t *testing.T) {
 	b.datapath.loaded = false
 	if _, err := b.node().Probe(t.Context(), b.config(), true, nil); err != nil || b.datapath.loaded {
 		t.Errorf("unsupported: error %v, loaded %v", err, b.datapath.loaded)
+	}
+}
+
+// What a probe could not tell is asked again when it is due, and the gate follows.
+func TestProbeAgain(t *testing.T) {
+	risky := datapath.NodeSettings{Open: true, Risks: datapath.RiskEpoll}
+	for name, now := range map[string]datapath.NodeSettings{
+		"better": {Open: true, MPTCPListeners: true}, "worse": {Open: true, Risks: datapath.RiskEpoll | datapath.RiskSplice}, "unfit": {},
+	} {
+		for _, due := range []bool{false, true} {
+			b := newBench(t)
+			b.datapath.loaded, b.datapath.node = true, risky
+			b.verdicts.cached = &Verdict{Supported: true, Node: risky, Due: due}
+			b.verdicts.probed = &Verdict{Supported: now.Open, Node: now}
+			_, err := b.node().Probe(t.Context(), b.config(), false, nil)
+			want := risky
+			if due {
+				want = now
+			}
+			if err != nil || b.datapath.node != want || b.verdicts.probes > 0 != due {
+				t.Errorf("%s, due %v: gate %+v after %d probes, error %v", name, due, b.datapath.node, b.verdicts.probes, err)
+			}
+		}
+	}
+}
+
+// A guard that cannot be loaded is left out of the verdict, and tried again when that
+// is due.
+func TestProbeGuardFails(t *testing.T) {
+	guarded := &Verdict{Supported: true, Node: datapath.NodeSettings{Open: true, Guard: datapath.GuardLSM}}
+	b := newBench(t)
+	b.datapath.loaded, b.verdicts.cached, b.verdicts.probed = true, guarded, guarded
+	b.datapath.fail["SetNode"] = fmt.Errorf("%w: too many programs", datapath.ErrGuard)
+	if _, err := b.node().Probe(t.Context(), b.config(), false, nil); !errors.Is(err, datapath.ErrGuard) {
+		t.Errorf("error %v", err)
+	}
+	without := datapath.NodeSettings{Open: true, Risks: datapath.RiskSplice}
+	if b.datapath.node != without || b.verdicts.cached.Node != without || b.verdicts.probes != 0 {
+		t.Errorf("gate %+v, verdict %+v, %d probes", b.datapath.node, b.verdicts.cached, b.verdicts.probes)
+	}
+	delete(b.datapath.fail, "SetNode")
+	b.verdicts.cached.Due = true
+	if _, err := b.node().Probe(t.Context(), b.config(), false, nil); err != nil || b.datapath.node != guarded.Node {
+		t.Errorf("gate %+v, error %v", b.datapath.node, err)
 	}
 }
 

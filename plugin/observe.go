@@ -149,6 +149,9 @@ func (n *Node) Status(conf Config, cniCacheDir string) Report {
 	switch v, err := n.Verdicts.Cached(conf.RunDir); {
 	case err == nil:
 		r.Verdict, r.Probes = v.Summary, v.Document
+		if v.Due {
+			r.Verdict += " (a probe could not tell; the next pod has it tried again)"
+		}
 	case errors.Is(err, ErrNoVerdict):
 		r.Verdict = "unknown: " + ErrNoVerdict.Error() // the rest says it again
 	default:

@@ -115,6 +115,11 @@ func TestStatusWithoutDatapath(t *testing.T) {
 	if r.Loaded != nil || !strings.Contains(r.NotLoaded, datapath.ErrNotLoaded.Error()) || len(r.Pods) != 0 || len(r.Problems) != 0 {
 		t.Errorf("%+v", r)
 	}
+	// A verdict that is due for another look holds until then.
+	b.verdicts.cached = &Verdict{Supported: true, Due: true, Summary: "risky: epoll"}
+	if r := node.Status(Config{RunDir: b.runDir}, ""); !strings.HasPrefix(r.Verdict, "risky: epoll (a probe could not tell;") {
+		t.Errorf("verdict %q", r.Verdict)
+	}
 	b.datapath.loaded = true
 	b.datapath.fail["Observe"] = errors.New("EPERM")
 	if r := node.Status(Config{RunDir: b.runDir}, ""); r.Loaded != nil || r.NotLoaded != "EPERM" {

@@ -67,6 +67,7 @@ type Set interface {
 	Attach(cgroup *os.File, cgroupID uint64) (created bool, err error)
 	Pod(cgroupID uint64) (settings datapath.PodSettings, known bool, err error)
 	SetPod(cgroupID uint64, settings datapath.PodSettings) error
+	Build() ([16]byte, error)
 	Node() (datapath.NodeSettings, error)
 	SetNode(datapath.NodeSettings) error
 	MaxConnections() (uint32, error)
@@ -92,6 +93,8 @@ type Verdict struct {
 	Supported bool
 	// Node is the gate that the verdict asks for.
 	Node datapath.NodeSettings
+	// Due tells that a probe could not tell, and that it is time to try it again.
+	Due bool
 	// Summary is one line for people, Document the whole for JSON.
 	Summary  string
 	Document any
@@ -108,6 +111,21 @@ func (v Verdict) gate(conf Config) datapath.NodeSettings {
 	return gate
 }
 
+// differs tells if the node's gate is not what the verdict asks for. The guard, and
+// the risk that goes with it, are left out where the verdict has one: the
+// configuration of another network may not want it.
+func (v Verdict) differs(conf Config, node datapath.NodeSettings) bool {
+	want := v.gate(conf)
+	want.Funnel = want.Funnel || node.Funnel // it stays
+	want.SwitchedOff = node.SwitchedOff
+	if v.Node.Guard != datapath.NoGuard {
+		want.Risks &^= datapath.RiskSplice
+		node.Risks &^= datapath.RiskSplice
+		want.Guard = node.Guard
+	}
+	return want != node
+}
+
 // unguarded is the gate without the splice guard, and with the risk that is left.
 func unguarded(gate datapath.NodeSettings) datapath.NodeSettings {
 	if gate.Guard != datapath.NoGuard {
@@ -121,8 +139,12 @@ func unguarded(gate datapath.NodeSettings) datapath.NodeSettings {
 type Verdicts interface {
 	// Cached returns the verdict of this boot and build, or [ErrNoVerdict].
 	Cached(runDir string) (Verdict, error)
-	// Probe finds it out and caches it. That takes up to seconds.
+	// Probe finds it out and caches it. That takes up to seconds. What it cannot
+	// tell, it takes from a cached one that could.
 	Probe(ctx context.Context, conf Config) (Verdict, error)
+	// GuardFailed caches a verdict in place of v that is without its guard, which
+	// could not be attached, and due for another look after some time.
+	GuardFailed(conf Config, v Verdict, err error) (Verdict, error)
 }
 
 // Prober starts a detached process that probes and opens the node's gate.

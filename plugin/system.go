@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"time"
 
 	"github.com/skipstack/skipstack/plugin/datapath"
 	"github.com/skipstack/skipstack/plugin/podcgroup"
@@ -42,6 +43,7 @@ func asVerdict(v *verdict.Verdict) Verdict {
 	return Verdict{
 		Supported: v.Level != verdict.Unsupported,
 		Node:      v.NodeSettings(),
+		Due:       v.Due(time.Now()),
 		Summary:   v.String(),
 		Document:  v,
 	}
@@ -69,6 +71,18 @@ func (probes) Probe(ctx context.Context, conf Config) (Verdict, error) {
 	if err != nil {
 		return Verdict{}, err
 	}
+	if earlier, err := verdict.Cached(conf.RunDir); err == nil {
+		v.Recall(earlier)
+	}
+	return asVerdict(v), v.Save(conf.RunDir)
+}
+
+func (probes) GuardFailed(conf Config, was Verdict, err error) (Verdict, error) {
+	v, ok := was.Document.(*verdict.Verdict)
+	if !ok {
+		return was, fmt.Errorf("record that the splice guard fails: the verdict is a %T", was.Document)
+	}
+	v.GuardFailed(err, time.Now())
 	return asVerdict(v), v.Save(conf.RunDir)
 }
 

@@ -130,9 +130,9 @@ func bootID() (string, error) {
 // Cached returns the verdict of this boot and this build.
 //
 // Returns an error wrapping [ErrNoVerdict] where runDir holds none, and where
-// what it holds is damaged, from another version, or has to be probed again
-// because a probe could not tell: after a minute if the verdict is inconclusive
-// (see [Verdict.Inconclusive]), else after ten.
+// what it holds is damaged, from another version, or inconclusive (see
+// [Verdict.Inconclusive]) and more than a minute old. One that holds may be due
+// for another look all the same, see [Verdict.Due].
 func Cached(runDir string) (*Verdict, error) {
 	boot, err := bootID()
 	if err != nil {
@@ -160,8 +160,8 @@ func cached(runDir, boot string, build [16]byte, now time.Time) (*Verdict, error
 	if v.BootID != boot || v.Build != build {
 		return nil, fmt.Errorf("%w: %s is of another boot or build", ErrNoVerdict, path)
 	}
-	if age := now.Sub(v.ProbedAt); v.holdsFor() <= recheckAfter && (age < 0 || age > v.holdsFor()) {
-		return nil, fmt.Errorf("%w: a probe of %s could not tell, %v ago", ErrNoVerdict, path, age.Round(time.Second))
+	if v.Inconclusive() && v.Due(now) {
+		return nil, fmt.Errorf("%w: a probe of %s could not tell, %v ago", ErrNoVerdict, path, now.Sub(v.ProbedAt).Round(time.Second))
 	}
 	return v, nil
 }

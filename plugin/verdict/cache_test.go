@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -13,6 +14,7 @@ import (
 	"time"
 
 	"github.com/skipstack/skipstack/bpf"
+	"github.com/skipstack/skipstack/plugin/datapath"
 )
 
 var noon = time.Date(2026, 1, 1, 12, 0, 0, 0, time.UTC)
@@ -154,7 +156,7 @@ func TestCachedTells(t *testing.T) {
 func TestInconclusiveExpires(t *testing.T) {
 	dir := t.TempDir()
 	for probe, after := range map[string]time.Duration{
-		ProbeEpoll: 10 * time.Minute, ProbeOrder: time.Minute, ProbeRedirect: time.Minute, ProbeLoad: time.Minute,
+		ProbeOrder: time.Minute, ProbeRedirect: time.Minute, ProbeLoad: time.Minute,
 	} {
 		v := made(CouldNotTell, probe)
 		v.ProbedAt = noon
@@ -169,6 +171,81 @@ func TestInconclusiveExpires(t *testing.T) {
 				t.Errorf("%s, after %v: %v", probe, age, err)
 			}
 		}
+	}
+}
+
+// A risk that a probe could not rule out holds until it is looked at again.
+func TestDue(t *testing.T) {
+	dir := t.TempDir()
+	for name, tc := range map[string]struct {
+		result Result
+		probes []string
+		after  time.Duration // 0: never
+	}{
+		"a risk":            {CouldNotTell, []string{ProbeEpoll}, 10 * time.Minute},
+		"no risk":           {CouldNotTell, []string{ProbeMPTCP}, 10 * time.Minute},
+		"inconclusive":      {CouldNotTell, []string{ProbeOrder, ProbeEpoll}, time.Minute},
+		"all told":          {NotOK, []string{ProbeEpoll, ProbeSplice}, 0},
+		"unsupported":       {NotOK, []string{ProbeOrder}, 0},
+		"nothing to report": {OK, nil, 0},
+	} {
+		v := made(tc.result, tc.probes...)
+		v.ProbedAt = noon
+		for age, due := range map[time.Duration]bool{
+			0: false, tc.after: false, tc.after + 1: tc.after > 0, 1000 * time.Hour: tc.after > 0, -time.Second: tc.after > 0,
+		} {
+			if got := v.Due(noon.Add(age)); got != due {
+				t.Errorf("%s, after %v: due is %v", name, age, got)
+			}
+		}
+		if v.Inconclusive() {
+			continue
+		}
+		if err := v.Save(dir); err != nil {
+			t.Fatal(err)
+		}
+		if got, err := cached(dir, v.BootID, v.Build, noon.Add(time.Hour)); err != nil || got.Level != v.Level {
+			t.Errorf("%s: %v, %v", name, got, err)
+		}
+	}
+}
+
+// What a busy machine could not tell is known from before.
+func TestRecall(t *testing.T) {
+	earlier := made(NotOK, ProbeCharged)
+	earlier.set(ProbeEpoll, CouldNotTell, "busy")
+	earlier.Funnel, earlier.Guard, earlier.ProbedAt = true, datapath.GuardLSM, noon
+	v := made(CouldNotTell, ProbeOrder, ProbeCharged, ProbeEpoll, ProbeFIONREAD, ProbeSplice, ProbeMPTCP)
+	v.ProbedAt = noon.Add(time.Hour)
+	v.Recall(earlier)
+	if v.Level != Risky || v.Risks != datapath.RiskUncharged|datapath.RiskEpoll || !v.MPTCPListeners ||
+		!v.Funnel || v.Guard != datapath.GuardLSM || v.Due(v.ProbedAt) || !v.Due(v.ProbedAt.Add(11*time.Minute)) {
+		t.Errorf("%+v", v)
+	}
+	if _, err := decode(encoded(t, v)); err != nil {
+		t.Error(err)
+	}
+	// What it could tell now counts, better or worse.
+	v = made(NotOK, ProbeEpoll, ProbeSplice)
+	v.Recall(earlier)
+	if v.Risks != datapath.RiskEpoll|datapath.RiskSplice || v.Funnel || v.Guard != datapath.NoGuard {
+		t.Errorf("%+v", v)
+	}
+}
+
+// A guard that cannot be attached after all leaves the risk until the next look.
+func TestGuardFailed(t *testing.T) {
+	v := made(OK)
+	v.Guard, v.ProbedAt = datapath.GuardLSM, noon
+	then := noon.Add(time.Hour)
+	v.GuardFailed(fmt.Errorf("%w: too many programs", datapath.ErrGuard), then)
+	if v.Level != Risky || v.Risks != datapath.RiskSplice || v.Guard != datapath.NoGuard || !v.NodeSettings().Open ||
+		v.Due(then) || !v.Due(then.Add(11*time.Minute)) {
+		t.Errorf("%+v", v)
+	}
+	got, err := decode(encoded(t, v))
+	if err != nil || !strings.Contains(string(encoded(t, got)), "no splice guard: too many programs") {
+		t.Errorf("%v, %v", got, err)
 	}
 }
 

@@ -11,7 +11,6 @@ package verdict
 import (
 	"errors"
 	"fmt"
-	"math"
 	"slices"
 	"time"
 
@@ -208,16 +207,48 @@ func (v *Verdict) conclude() {
 	}
 }
 
-// holdsFor is how long the verdict holds; forever if every probe could tell, or
-// if one that is not ok decides alone.
-func (v *Verdict) holdsFor() time.Duration {
-	const forever = math.MaxInt64
-	if v.Inconclusive() {
-		return retryAfter
-	}
+// Due tells if it is time to probe again because a probe could not tell: after a
+// minute if the verdict is inconclusive, else after ten. It never is where every
+// probe could tell, or where one that is not ok decides alone.
+func (v *Verdict) Due(now time.Time) bool {
+	var after time.Duration
 	couldNotTell := func(p Probe) bool { return p.Result == CouldNotTell }
-	if v.Level != Unsupported && slices.ContainsFunc(v.Probes, couldNotTell) {
-		return recheckAfter
+	switch {
+	case v.Inconclusive():
+		after = retryAfter
+	case v.Level != Unsupported && slices.ContainsFunc(v.Probes, couldNotTell):
+		after = recheckAfter
+	default:
+		return false
 	}
-	return forever
+	age := now.Sub(v.ProbedAt)
+	return age < 0 || age > after
+}
+
+// Recall puts what an earlier verdict of this boot and build could tell in the
+// place of what v could not: the kernel has not changed, the machine was busy.
+func (v *Verdict) Recall(earlier *Verdict) {
+	for i, p := range v.Probes {
+		was := earlier.Probes[i]
+		if p.Result != CouldNotTell || was.Result == CouldNotTell {
+			continue
+		}
+		v.Probes[i] = was
+		switch p.Name {
+		case ProbeFIONREAD:
+			v.Funnel = earlier.Funnel
+		case ProbeSplice:
+			v.Guard = earlier.Guard
+		}
+	}
+	v.conclude()
+}
+
+// GuardFailed records that the guard of the verdict could not be attached after
+// all: what that came of, the next look tells.
+func (v *Verdict) GuardFailed(err error, now time.Time) {
+	v.Guard = datapath.NoGuard
+	v.set(ProbeSplice, CouldNotTell, noGuard+" (no splice guard: "+guardTrouble(err)+")")
+	v.ProbedAt = now.UTC().Truncate(time.Second)
+	v.conclude()
 }

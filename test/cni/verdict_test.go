@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/skipstack/skipstack/plugin/datapath"
+	judged "github.com/skipstack/skipstack/plugin/verdict"
 	"github.com/skipstack/skipstack/test/must"
 	"github.com/skipstack/skipstack/test/node"
 )
@@ -365,6 +366,53 @@ func TestVerdicts(t *testing.T) {
 			}
 		})
 	}
+}
+
+// A risk that a probe could not rule out goes away by itself: some time later an ADD
+// has the kernel probed again, and the gate follows.
+func TestLookAgain(t *testing.T) {
+	node.Need(t)
+	var doc map[string]any
+	must.Do(t, json.Unmarshal(forge(t, "epoll").content, &doc))
+	for _, p := range doc["probes"].([]any) {
+		if probe := p.(map[string]any); probe["name"] == "epoll" {
+			probe["result"] = "could not tell"
+		}
+	}
+	s := newSite(t, options{unprobed: true})
+	file := filepath.Join(s.RunDir, theVerdict(t).file)
+	must.Do(t, os.MkdirAll(s.RunDir, 0o700))
+	write := func(age time.Duration) {
+		doc["probedAt"] = time.Now().Add(-age).UTC().Format(time.RFC3339)
+		must.Do(t, os.WriteFile(file, must.Get(json.Marshal(doc))(t), 0o600))
+	}
+	add := func() {
+		p := s.light()
+		s.want(0, s.run(p.call().add()))
+		s.wantRecord(p.id, "attached", "")
+		s.want(0, s.run(p.call().del()))
+	}
+	write(0)
+	add()
+	add()
+	if risks := s.gate().Risks; risks&datapath.RiskEpoll == 0 || len(s.probers()) > 0 {
+		t.Errorf("risks %s, probers %v: the verdict is new", risks, s.probers())
+	}
+	write(30 * time.Minute)
+	add()
+	wait(t, "the gate goes by a new verdict", func() (string, bool) {
+		if len(s.probers()) > 0 {
+			return "probing", false
+		}
+		now := must.Get(judged.Cached(s.RunDir))(t)
+		if s.unclear() { // the machine is busy, or it still is the old one
+			write(30 * time.Minute)
+			add()
+			return "unclear: " + now.String(), false
+		}
+		risks := s.gate().Risks
+		return fmt.Sprintf("risks %q by verdict %s", risks, now), risks == now.Risks
+	})
 }
 
 // On a kernel that is unsupported, in truth or by a verdict, nothing is loaded,

@@ -137,6 +137,10 @@ func (f *fake) Probe(context.Context, plugin.Config) (plugin.Verdict, error) {
 	return f.verdict, nil
 }
 
+func (f *fake) GuardFailed(_ plugin.Config, v plugin.Verdict, _ error) (plugin.Verdict, error) {
+	return v, nil
+}
+
 // cgroups knows no root but the one of the machine.
 type cgroups struct{ plugin.Cgroups }
 

@@ -15,6 +15,7 @@ import (
 	"github.com/skipstack/skipstack/cmd/internal/conflist"
 	"github.com/skipstack/skipstack/cmd/internal/doctor"
 	"github.com/skipstack/skipstack/plugin"
+	"github.com/skipstack/skipstack/plugin/datapath"
 )
 
 func (c *cli) load() *cobra.Command {
@@ -317,6 +318,10 @@ func (c *cli) probe() *cobra.Command {
 			log, closer := c.deps.Log(conf)
 			defer closer.Close()
 			v, err := plugin.NewNode(c.deps).Probe(cmd.Context(), conf, load, held)
+			if errors.Is(err, datapath.ErrGuard) {
+				log.Warn("splice(2) is not guarded", "error", err.Error())
+				return &failed{err}
+			}
 			if err != nil {
 				log.Warn("the kernel was not probed, so pods stay plain: `skipstack doctor` looks for the cause, `skipstack load` tries again", "error", err.Error())
 				return &failed{err}
