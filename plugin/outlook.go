@@ -1,9 +1,12 @@
 package plugin
 
 import (
+	"cmp"
 	"errors"
+	"fmt"
 
 	"github.com/skipstack/skipstack/plugin/datapath"
+	"github.com/skipstack/skipstack/plugin/verdict"
 )
 
 // Outcome is what ADD makes of a pod.
@@ -56,8 +59,69 @@ func Foresee(conf Config, gate datapath.NodeSettings, obstacle string) (pods, as
 // Standing is what is loaded on the node now.
 type Standing struct {
 	Loaded         bool
+	SameBuild      bool // as this binary's
 	MaxConnections uint32
 	Node           datapath.NodeSettings
+}
+
+// Update is what makes the loaded datapath go by a verdict that is stored.
+type Update string
+
+const (
+	UpToDate     Update = ""         // nothing has to: it does, or ADD opens its gate by it
+	UpdateByADD  Update = "next pod" // an ADD has it done in the background
+	UpdateByLoad Update = "load"     // only [Node.Load] does
+)
+
+// Compare compares what is loaded with a verdict of this build: what makes it go by
+// it if that is stored, and in what it does not yet, each difference in a few words.
+func (s Standing) Compare(conf Config, v *verdict.Verdict) (Update, []string) {
+	if !s.Loaded || !s.Node.Open {
+		return UpToDate, nil
+	}
+	judged, now := asVerdict(v), s.Node
+	if conf.SpliceGuard == SpliceGuardOff {
+		now = unguarded(now) // each ADD sees to that
+	}
+	want := judged.gate(conf)
+	want.Funnel, want.SwitchedOff = want.Funnel || now.Funnel, now.SwitchedOff
+	if !want.Open {
+		want = datapath.NodeSettings{}
+	}
+	update := UpToDate
+	switch {
+	case !s.SameBuild:
+		update = UpdateByLoad
+	case want == now:
+	case !judged.Inconclusive() && judged.differs(conf, now):
+		update = UpdateByADD
+	default:
+		update = UpdateByLoad
+	}
+	return update, differences(now, want)
+}
+
+func differences(now, want datapath.NodeSettings) (all []string) {
+	if !want.Open {
+		return []string{"it accelerates, and should not"}
+	}
+	if now.Risks != want.Risks {
+		all = append(all, fmt.Sprintf("risks: %s, not %s", cmp.Or(now.Risks.String(), "none"), cmp.Or(want.Risks.String(), "none")))
+	}
+	if now.Guard != want.Guard {
+		all = append(all, fmt.Sprintf("splice guard: %s, not %s", cmp.Or(now.Guard, "none"), cmp.Or(want.Guard, "none")))
+	}
+	if now.MPTCPListeners != want.MPTCPListeners {
+		is, other := "plain", "accelerated"
+		if now.MPTCPListeners {
+			is, other = other, is
+		}
+		all = append(all, fmt.Sprintf("MPTCP listeners: %s, not %s", is, other))
+	}
+	if now.Funnel != want.Funnel {
+		all = append(all, "no sk_skb program for FIONREAD")
+	}
+	return all
 }
 
 // Standing looks at the datapath that is loaded, and changes nothing.
@@ -72,6 +136,11 @@ func (n *Node) Standing(conf Config) (Standing, error) {
 	}
 	defer set.Close()
 	out.Loaded = true
+	build, err := set.Build()
+	if err != nil {
+		return out, err
+	}
+	out.SameBuild = build == datapath.Build()
 	if out.MaxConnections, err = set.MaxConnections(); err != nil {
 		return out, err
 	}

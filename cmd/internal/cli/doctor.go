@@ -42,7 +42,8 @@ the container runtime uses (or --config), and what acceleration takes in memory.
 
 It changes nothing but the verdict that is kept for ADD: where skipstack is in use
 (its run directory exists), the new one takes the old one's place, unless --no-cache
-is given or the new one could tell less. It does not touch a datapath that is loaded.
+is given or the new one could tell less. It does not touch a datapath that is loaded,
+and says whether that goes by the verdict: the next pod's ADD, or load, sees to it.
 
 Exit codes, by verdict: 0 safe; 4 risky; 3 unsupported; 1 it could not be found out
 (no root, no cgroup2, or the machine is too busy); 2 wrong usage or configuration.`,

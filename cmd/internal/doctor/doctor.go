@@ -12,13 +12,13 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"os"
 	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/skipstack/skipstack/plugin"
+	"github.com/skipstack/skipstack/plugin/attachment"
 	"github.com/skipstack/skipstack/plugin/datapath"
 	"github.com/skipstack/skipstack/plugin/podcgroup"
 	"github.com/skipstack/skipstack/plugin/verdict"
@@ -65,6 +65,8 @@ type Report struct {
 	Conflist     Conflist
 	Config       plugin.Config
 	Standing     plugin.Standing
+	Update       plugin.Update  // what makes the loaded datapath go by the verdict, if that is stored
+	Differs      []string       // in what it does not
 	Pods, Asking plugin.Outlook // of a pod without annotations; with skipstack/mode: "on"
 	Notes        []string       // about the outlook
 
@@ -189,22 +191,28 @@ func (e *examination) store() string {
 		return "--no-cache"
 	}
 	dir := e.Config.RunDir
-	if _, err := os.Stat(dir); errors.Is(err, fs.ErrNotExist) {
+	opened, err := attachment.OpenRunDir(dir, false)
+	if errors.Is(err, fs.ErrNotExist) {
 		return fmt.Sprintf("there is no %s: skipstack is not in use here", dir)
 	}
-	if old, err := e.o.Kernel.Cached(dir); err == nil && !conclusive(e.Verdict) && conclusive(old) {
-		return fmt.Sprintf("it could not tell all, and that of %s could", old.ProbedAt.Format(time.DateTime))
+	if err != nil {
+		return text(err)
+	}
+	opened.Close()
+	if old, err := e.o.Kernel.Cached(dir); err == nil && tellsLess(e.Verdict, old) {
+		return fmt.Sprintf("it could not tell all that the one of %s could", old.ProbedAt.Format(time.DateTime))
 	}
 	return text(e.o.Kernel.Save(e.Verdict, dir))
 }
 
-func conclusive(v *verdict.Verdict) bool {
-	for _, p := range v.Probes {
-		if p.Result == verdict.CouldNotTell {
-			return false
+// tellsLess says whether a probe of v could not tell what one of old could.
+func tellsLess(v, old *verdict.Verdict) bool {
+	for i, p := range v.Probes {
+		if p.Result == verdict.CouldNotTell && old.Probes[i].Result != verdict.CouldNotTell {
+			return true
 		}
 	}
-	return true
+	return false
 }
 
 func (e *examination) measure(ctx context.Context, root string) {
@@ -224,19 +232,13 @@ func (e *examination) foresee(rootErr error) {
 	}
 	e.Standing = standing
 	gate := e.Verdict.NodeSettings()
-	if standing.Loaded && standing.Node.Open {
-		// Without the guard, splice is a risk that no verdict names.
-		differ := standing.Node.Risks ^ gate.Risks
-		if e.Config.SpliceGuard == plugin.SpliceGuardOff {
-			differ &^= datapath.RiskSplice
-		}
-		if differ != 0 && e.ProbeError == "" {
-			e.Notes = append(e.Notes, fmt.Sprintf("the loaded datapath goes by an earlier verdict (risks: %s): unload and load it again to go by this one",
-				cmp.Or(standing.Node.Risks.String(), "none")))
-		}
+	gate.SwitchedOff = standing.Node.SwitchedOff
+	if e.ProbeError == "" {
+		e.compare()
+	}
+	// What the next ADD has changed counts: the pods' connections follow at once.
+	if standing.Loaded && standing.Node.Open && (!e.Stored || e.Update != plugin.UpdateByADD) {
 		gate = standing.Node
-	} else {
-		gate.SwitchedOff = standing.Node.SwitchedOff
 	}
 	if standing.Loaded && standing.MaxConnections != e.Config.MaxConnections {
 		e.Notes = append(e.Notes, fmt.Sprintf("the datapath was loaded for %d connections: maxConnections takes effect when it is loaded again", standing.MaxConnections))
@@ -264,6 +266,38 @@ func (e *examination) foresee(rootErr error) {
 	}
 }
 
+// compare says whether the loaded datapath goes by the verdict, and what makes it.
+func (e *examination) compare() {
+	update, differs := e.Standing.Compare(e.Config, e.Verdict)
+	e.Differs = differs
+	if e.Stored {
+		e.Update = update
+	}
+	load := "`skipstack load`"
+	if e.Conflist.Path != "" {
+		load = fmt.Sprintf("`skipstack load --config %s`", e.Conflist.Path)
+	}
+	if e.Standing.Loaded && !e.Standing.SameBuild {
+		e.Notes = append(e.Notes, fmt.Sprintf("the loaded programs are of another build than this verdict: %s puts this build's in their place", load))
+		return
+	}
+	if len(differs) == 0 {
+		return
+	}
+	note := fmt.Sprintf("the loaded datapath goes by an earlier verdict (%s)", strings.Join(differs, "; "))
+	switch {
+	case e.Verdict.Inconclusive():
+		note += ", and goes on so, as this one is inconclusive"
+	case !e.Stored:
+		note += ", and goes on so, as this one is not stored"
+	case update == plugin.UpdateByADD:
+		note += fmt.Sprintf(": the ADD of the next pod has it changed in the background, %s changes it at once", load)
+	default:
+		note += fmt.Sprintf(": %s changes it", load)
+	}
+	e.Notes = append(e.Notes, note)
+}
+
 // obstacle is why no pod can be attached to, "" where nothing is in the way.
 func (e *examination) obstacle(rootErr error) string {
 	if rootErr != nil {
@@ -280,7 +314,7 @@ func (e *examination) obstacle(rootErr error) string {
 		return fmt.Sprintf("sock_ops program %s of other software at cgroup %s %s", printable(o.Program), printable(o.Cgroup), does)
 	}
 	for _, c := range e.Node {
-		if c.Name == checkBPFFS && c.Result == verdict.NotOK {
+		if (c.Name == checkBPFFS || c.Name == checkRunDir) && c.Result == verdict.NotOK {
 			return c.Detail
 		}
 	}

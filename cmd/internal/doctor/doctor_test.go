@@ -113,6 +113,7 @@ type fakeDatapath struct {
 	plugin.Set
 	loaded bool
 	err    error
+	build  byte // what is added to this build's
 	max    uint32
 	node   datapath.NodeSettings
 }
@@ -128,7 +129,12 @@ func (f *fakeDatapath) Open(string) (plugin.Set, error) {
 }
 func (f *fakeDatapath) Close() error                         { return nil }
 func (f *fakeDatapath) Node() (datapath.NodeSettings, error) { return f.node, nil }
-func (f *fakeDatapath) MaxConnections() (uint32, error)      { return f.max, nil }
+func (f *fakeDatapath) Build() ([16]byte, error) {
+	build := datapath.Build()
+	build[0] += f.build
+	return build, nil
+}
+func (f *fakeDatapath) MaxConnections() (uint32, error) { return f.max, nil }
 
 type fakeCgroups struct {
 	plugin.Cgroups
@@ -157,6 +163,13 @@ func newBench(t *testing.T, results map[string]verdict.Result) *bench {
 		Conflist: Conflist{Path: "/etc/cni/net.d/10-bridge.conflist", Used: "/etc/cni/net.d/10-bridge.conflist"},
 		Kernel:   k, Deps: plugin.Deps{Datapath: d, Cgroups: fakeCgroups{}},
 	}, k, d, t}
+}
+
+func (b *bench) chmodRunDir(mode os.FileMode) {
+	b.t.Helper()
+	if err := os.Chmod(b.Config.RunDir, mode); err != nil {
+		b.t.Fatal(err)
+	}
 }
 
 func (b *bench) examine() *Report {
@@ -236,7 +249,17 @@ func TestStore(t *testing.T) {
 		"not probed":   {func(b *bench) { b.kernel.err = errors.New("x") }, false, "not probed"},
 		"another":      {func(b *bench) { b.kernel.cached = made(t, nil) }, true, ""},
 		"less is told": {func(b *bench) { b.kernel.cached, b.kernel.verdicts[0] = made(t, nil), made(t, busy) }, false, "could not tell all"},
-		"no worse":     {func(b *bench) { b.kernel.cached, b.kernel.verdicts[0] = made(t, busy), made(t, busy) }, true, ""},
+		"another is less": {func(b *bench) {
+			b.kernel.cached = made(t, map[string]verdict.Result{verdict.ProbeEpoll: verdict.CouldNotTell})
+			b.kernel.verdicts[0] = made(t, busy)
+		}, false, "could not tell all"},
+		"writable by all": {func(b *bench) { b.chmodRunDir(0o777) }, false, "can be written by others (mode 0777)"},
+		"symbolic link": {func(b *bench) {
+			link := b.Config.RunDir + "-link"
+			symlink(b.t, filepath.Dir(link), filepath.Base(link), b.Config.RunDir)
+			b.Config.RunDir = link
+		}, false, "symbolic link"},
+		"no worse": {func(b *bench) { b.kernel.cached, b.kernel.verdicts[0] = made(t, busy), made(t, busy) }, true, ""},
 	} {
 		t.Run(name, func(t *testing.T) {
 			b := newBench(t, splice)
@@ -285,7 +308,18 @@ func TestOutlook(t *testing.T) {
 			plugin.Plain, plugin.Plain, "`skipstack on`"},
 		"earlier verdict": {nil, func(b *bench) {
 			b.loaded.loaded, b.loaded.node = true, datapath.NodeSettings{Open: true, Risks: datapath.RiskEpoll}
-		}, plugin.Plain, plugin.Accelerated, "an earlier verdict (risks: epoll)"},
+		}, plugin.Accelerated, plugin.Accelerated, "has it changed in the background, `skipstack load --config /etc/cni/net.d/10-bridge.conflist`"},
+		"earlier verdict, this one not kept": {nil, func(b *bench) {
+			b.loaded.loaded, b.loaded.node = true, datapath.NodeSettings{Open: true, Risks: datapath.RiskEpoll}
+			b.NoCache = true
+		}, plugin.Plain, plugin.Accelerated, "goes on so, as this one is not stored"},
+		"unsupported by now": {disorder, func(b *bench) { b.loaded.loaded, b.loaded.node.Open = true, true },
+			plugin.Plain, plugin.Plain, "it accelerates, and should not"},
+		"busy, loaded": {busy, func(b *bench) { b.loaded.loaded, b.loaded.node.Open = true, true },
+			plugin.Accelerated, plugin.Accelerated, "as this one is inconclusive"},
+		"unsafe run directory": {nil, func(b *bench) { b.chmodRunDir(0o777) }, plugin.Plain, plugin.Plain, "can be written by others (mode 0777)"},
+		"unsafe, strict": {nil, func(b *bench) { b.chmodRunDir(0o770); b.Config.OnError = plugin.OnErrorFail },
+			plugin.Refused, plugin.Refused, "can be written by others (mode 0770)"},
 		"guard off": {nil, func(b *bench) {
 			b.kernel.verdicts[0].Guard, b.Config.SpliceGuard = datapath.GuardLSM, plugin.SpliceGuardOff
 		}, plugin.Plain, plugin.Accelerated, "spliceGuard is off"},
@@ -308,6 +342,67 @@ func TestOutlook(t *testing.T) {
 			}
 			if strings.Contains(r.ProbeError, "\n") {
 				t.Errorf("%q is not one line", r.ProbeError)
+			}
+		})
+	}
+}
+
+// What doctor says of the loaded datapath and of the stored verdict is what ADD and
+// load make of them.
+func TestLoaded(t *testing.T) {
+	asked := made(t, nil).NodeSettings()
+	for name, tc := range map[string]struct {
+		change  func(*bench)
+		line    string // below the verdict
+		update  string
+		differs string
+		note    string
+	}{
+		"goes by it":    {func(*bench) {}, "stored: the loaded datapath goes by it\n", "", "", ""},
+		"closed":        {func(b *bench) { b.loaded.node = datapath.NodeSettings{} }, "stored: pods that start from now on go by it\n", "", "", ""},
+		"risks":         {func(b *bench) { b.loaded.node.Risks = datapath.RiskEpoll }, "from the next pod's ADD on", "next pod", "risks: epoll, not none", "in the background"},
+		"MPTCP":         {func(b *bench) { b.loaded.node.MPTCPListeners = false }, "from the next pod's ADD on", "next pod", "MPTCP listeners: plain, not accelerated", "in the background"},
+		"level":         {func(b *bench) { b.kernel.verdicts[0] = made(t, disorder) }, "from the next pod's ADD on", "next pod", "it accelerates, and should not", "in the background"},
+		"not stored":    {func(b *bench) { b.loaded.node.MPTCPListeners, b.NoCache = false, true }, "not stored for ADD: --no-cache", "", "MPTCP listeners", "not stored"},
+		"another build": {func(b *bench) { b.loaded.build = 1 }, "stored, but the loaded datapath does not go by it", "load", "", "of another build than this verdict"},
+		"guard": {func(b *bench) {
+			b.kernel.verdicts[0].Guard, b.loaded.node.Risks = datapath.GuardLSM, datapath.RiskSplice
+		}, "stored, but the loaded datapath does not go by it", "load", "risks: splice, not none; splice guard: none, not lsm", "10-bridge.conflist` changes it"},
+		"guard not wanted": {func(b *bench) {
+			b.kernel.verdicts[0].Guard, b.loaded.node.Guard, b.Config.SpliceGuard = datapath.GuardLSM, datapath.GuardLSM, plugin.SpliceGuardOff
+		}, "stored: the loaded datapath goes by it\n", "", "", "which leaves the risk splice"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			b := newBench(t, nil)
+			b.loaded.loaded, b.loaded.node, b.loaded.max = true, asked, b.Config.MaxConnections
+			tc.change(b)
+			r := b.examine()
+			var out bytes.Buffer
+			if err := r.Print(&out); err != nil || !strings.Contains(out.String(), tc.line) {
+				t.Errorf("%v: %s", err, out.String())
+			}
+			raw, err := json.Marshal(r)
+			if err != nil {
+				t.Fatal(err)
+			}
+			var doc struct {
+				Datapath struct {
+					Differs                   []string
+					Update, Guard             *string
+					SameBuild, MPTCPListeners *bool
+				}
+			}
+			if err := json.Unmarshal(raw, &doc); err != nil {
+				t.Fatal(err)
+			}
+			d := doc.Datapath
+			if differs := strings.Join(d.Differs, "; "); d.Differs == nil || tc.differs == "" && differs != "" || !strings.Contains(differs, tc.differs) ||
+				d.Update == nil || *d.Update != tc.update || d.Guard == nil || *d.SameBuild != (b.loaded.build == 0) || *d.MPTCPListeners != b.loaded.node.MPTCPListeners {
+				t.Errorf("%s", raw)
+			}
+			// The first note is always there: blocking sockets.
+			if notes := strings.Join(r.Notes, "\n"); !strings.Contains(notes, tc.note) || tc.note == "" && len(r.Notes) != 1 || strings.Contains(notes, "unload") {
+				t.Errorf("notes %q", notes)
 			}
 		})
 	}
@@ -355,6 +450,9 @@ func TestPrint(t *testing.T) {
 			prepare(b)
 			r := b.examine()
 			r.Took, r.Verdict.Kernel = 700*time.Millisecond, "6.18.44"
+			for i, c := range r.Node { // a path of another length would wrap lines elsewhere
+				r.Node[i].Detail = strings.ReplaceAll(c.Detail, b.Root, "ROOT")
+			}
 			var out bytes.Buffer
 			if err := r.Print(&out); err != nil {
 				t.Fatal(err)
@@ -364,7 +462,7 @@ func TestPrint(t *testing.T) {
 					t.Errorf("%d columns: %q", n, line)
 				}
 			}
-			got := strings.ReplaceAll(out.String(), b.Root, "ROOT")
+			got := out.String()
 			golden := filepath.Join("testdata", name+".golden")
 			if *update {
 				if err := os.WriteFile(golden, []byte(got), 0o644); err != nil {

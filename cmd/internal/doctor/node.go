@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/skipstack/skipstack/plugin"
+	"github.com/skipstack/skipstack/plugin/attachment"
 	"github.com/skipstack/skipstack/plugin/datapath"
 	"github.com/skipstack/skipstack/plugin/verdict"
 )
@@ -25,6 +26,7 @@ const (
 	checkPrivileges = "privileges"
 	checkCgroup2    = "cgroup2"
 	checkBPFFS      = "bpffs"
+	checkRunDir     = "rundir"
 	checkLockdown   = "lockdown"
 	checkSecurity   = "security"
 	checkPlugin     = "plugin"
@@ -53,7 +55,7 @@ func (e *examination) checks(cgroupRoot string, rootErr error) []verdict.Probe {
 		cgroup = notOK(checkCgroup2, "%s; all pods are plain", text(rootErr))
 	}
 	return []verdict.Probe{
-		h.privileges(), cgroup, h.bpffs(e.Config.BPFFS), h.lockdown(), h.security(), h.namespace(),
+		h.privileges(), cgroup, h.bpffs(e.Config.BPFFS), runDir(e.Config.RunDir), h.lockdown(), h.security(), h.namespace(),
 		h.plugin(e.o.BinDir), e.conflist(), h.sandboxes(),
 	}
 }
@@ -190,6 +192,21 @@ func (h *host) listProcesses() []process {
 		all = append(all, process{filepath.Base(filepath.Dir(file)), filepath.Base(first)})
 	}
 	return all
+}
+
+// runDir tells whether ADD uses the run directory, by what ADD itself goes by.
+func runDir(path string) verdict.Probe {
+	dir, err := attachment.OpenRunDir(path, false)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return ok(checkRunDir, "there is no %s yet: the first pod's ADD makes it", path)
+	case err != nil && os.Geteuid() != 0: // ADD runs as root
+		return couldNotTell(checkRunDir, "%s", text(err))
+	case err != nil:
+		return notOK(checkRunDir, "%s; until then pods stay plain", text(err))
+	}
+	dir.Close()
+	return ok(checkRunDir, "%s cannot be written by others", path)
 }
 
 // runtime is a running container runtime.

@@ -21,7 +21,7 @@ func (r *Report) Print(w io.Writer) error {
 	p.head("Verdict: %s", r.headline())
 	p.line("kernel %s%s", r.Verdict.Kernel, r.took())
 	if r.Stored {
-		p.line("stored: pods that start from now on go by it")
+		p.line("stored%s", r.goesBy())
 	} else if r.ProbeError == "" {
 		p.line("not stored for ADD: %s", r.NotStored)
 	}
@@ -66,6 +66,19 @@ func (r *Report) Print(w io.Writer) error {
 	}
 	_, err := io.WriteString(w, p.String())
 	return err
+}
+
+// goesBy says who goes by a verdict that is stored.
+func (r *Report) goesBy() string {
+	switch {
+	case !r.Standing.Loaded || !r.Standing.Node.Open:
+		return ": pods that start from now on go by it"
+	case r.Update == plugin.UpToDate:
+		return ": the loaded datapath goes by it"
+	case r.Update == plugin.UpdateByADD:
+		return ": from the next pod's ADD on, the loaded datapath goes by it"
+	}
+	return ", but the loaded datapath does not go by it: see Pods"
 }
 
 // headline is the verdict, and what keeps it from being one.
@@ -208,11 +221,18 @@ func (r *Report) MarshalJSON() ([]byte, error) {
 		Notes       []string       `json:"notes"`
 	}
 	type loaded struct {
-		Loaded         bool     `json:"loaded"`
-		Open           bool     `json:"open"`
-		SwitchedOff    bool     `json:"switchedOff"`
-		Risks          []string `json:"risks"`
-		MaxConnections uint32   `json:"maxConnections"`
+		Loaded         bool           `json:"loaded"`
+		SameBuild      bool           `json:"sameBuild"` // as this doctor's
+		Open           bool           `json:"open"`
+		SwitchedOff    bool           `json:"switchedOff"`
+		Risks          []string       `json:"risks"`
+		Guard          datapath.Guard `json:"guard"`
+		Funnel         bool           `json:"funnel"`
+		MPTCPListeners bool           `json:"mptcpListeners"`
+		MaxConnections uint32         `json:"maxConnections"`
+		// In what it does not go by the verdict, and what makes it, if that is stored.
+		Differs []string      `json:"differs"`
+		Update  plugin.Update `json:"update"`
 	}
 	probes := make([]verdict.Probe, len(r.Verdict.Probes))
 	for i, probe := range r.Verdict.Probes {
@@ -221,7 +241,10 @@ func (r *Report) MarshalJSON() ([]byte, error) {
 		}
 		probes[i] = probe
 	}
-	others, notes := r.Others, r.Notes
+	others, notes, differs, node := r.Others, r.Notes, r.Differs, r.Standing.Node
+	if differs == nil {
+		differs = []string{}
+	}
 	if others == nil {
 		others = []verdict.Other{}
 	}
@@ -257,7 +280,8 @@ func (r *Report) MarshalJSON() ([]byte, error) {
 		r.Verdict.Kernel, r.Verdict.Guard, r.Took.Seconds(), r.Verdict.ProbedAt, r.Stored, r.NotStored,
 		r.Node, others, r.OthersError,
 		outlook{r.Conflist.Path, r.Conflist.Used, r.Config.Mode, r.Config.OnError, r.Config.AcceptRisks.Names(), r.Pods, r.Asking, notes},
-		loaded{r.Standing.Loaded, r.Standing.Node.Open, r.Standing.Node.SwitchedOff, r.Standing.Node.Risks.Names(), r.Standing.MaxConnections},
+		loaded{r.Standing.Loaded, r.Standing.SameBuild, node.Open, node.SwitchedOff, node.Risks.Names(), node.Guard,
+			node.Funnel, node.MPTCPListeners, r.Standing.MaxConnections, differs, r.Update},
 		r.Memory, r.MemoryError,
 	})
 }
