@@ -422,7 +422,7 @@ func TestDoctorMissing(t *testing.T) {
 
 	got = s.bare("doctor", "--json", "--bpffs", empty, "--run-dir", s.RunDir, "--cgroup-root", empty)
 	e = parse(t, got)
-	if result, detail := e.check(t, "cgroup2"); got.code != 1 || result != "not ok" || !strings.Contains(detail, empty) {
+	if result, detail := e.check(t, "cgroup2"); got.code != 2 || result != "not ok" || !strings.Contains(detail, empty) {
 		t.Errorf("exit %d, %s: %s", got.code, result, detail)
 	}
 	if result, detail := e.check(t, "bpffs"); result != "ok" || !strings.Contains(detail, "mounts one") {

@@ -80,9 +80,11 @@ func Run(ctx context.Context, args []string, s Streams, deps plugin.Deps, extra 
 		return exitOK
 	}
 	code := exitCode(err)
-	if text := explain(err).Error(); text != "" { // else the command has said it
-		fmt.Fprintf(s.Err, "skipstack: %s\n", text)
+	text := explain(err).Error()
+	if text == "" { // the command has said it
+		return code
 	}
+	fmt.Fprintf(s.Err, "skipstack: %s\n", text)
 	if code == exitUsage {
 		fmt.Fprintf(s.Err, "Run '%s --help' for usage.\n", cmd.CommandPath())
 	}

@@ -46,7 +46,8 @@ is given or the new one could tell less. It does not touch a datapath that is lo
 and says whether that goes by the verdict: the next pod's ADD, or load, sees to it.
 
 Exit codes, by verdict: 0 safe; 4 risky; 3 unsupported; 1 it could not be found out
-(no root, no cgroup2, or the machine is too busy); 2 wrong usage or configuration.`,
+(no root, or the machine is too busy); 2 wrong usage or configuration, such as a
+cgroup root that is none.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			given := cmd.Flags().Changed

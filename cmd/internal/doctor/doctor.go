@@ -53,6 +53,7 @@ type Report struct {
 	Verdict    *verdict.Verdict
 	ProbeError string        // why the kernel was not probed, "" where it was
 	Lacks      string        // what skipstack cannot do without and the node certainly has not
+	WrongRoot  bool          // the cgroup root that the configuration names is none
 	Took       time.Duration // probing
 	Stored     bool          // the verdict is ADD's from now on
 	NotStored  string        // why it is not
@@ -78,6 +79,7 @@ type Report struct {
 const (
 	ExitSafe        = 0
 	ExitUnknown     = 1
+	ExitUsage       = 2 // the configuration is wrong
 	ExitUnsupported = 3
 	ExitRisky       = 4
 )
@@ -87,6 +89,8 @@ func (r *Report) ExitCode() int {
 	switch {
 	case r.Lacks != "":
 		return ExitUnsupported
+	case r.WrongRoot:
+		return ExitUsage
 	case r.ProbeError != "" || r.Verdict.Inconclusive():
 		return ExitUnknown
 	case r.Verdict.Level == verdict.Safe:
@@ -133,8 +137,10 @@ func Examine(ctx context.Context, o Options) (*Report, error) {
 		return nil, ctx.Err()
 	}
 	e.Node = e.checks(root, rootErr)
+	noCgroup2 := errors.Is(rootErr, podcgroup.ErrNoCgroup2)
+	e.WrongRoot = noCgroup2 && e.Config.CgroupRoot != ""
 	switch {
-	case errors.Is(rootErr, podcgroup.ErrNoCgroup2) && e.Config.CgroupRoot == "":
+	case noCgroup2 && !e.WrongRoot:
 		e.Lacks = text(rootErr)
 	case e.node.lacksBPFFS():
 		e.Lacks = noBPFFS

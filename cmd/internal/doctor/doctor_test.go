@@ -227,6 +227,12 @@ func TestExitCode(t *testing.T) {
 			!strings.Contains(r.Pods.Why, "cgroup: no cgroup v2") || result(r, checkCgroup2) != verdict.NotOK {
 			t.Errorf("%+v", r)
 		}
+		// A root that somebody has named says nothing about the node.
+		b.Config.CgroupRoot = "/no/such"
+		r = b.examine()
+		if r.ExitCode() != ExitUsage || r.Lacks != "" || b.kernel.runs != 0 || r.Pods.Outcome != plugin.Plain {
+			t.Errorf("exit %d, %+v", r.ExitCode(), r)
+		}
 	})
 }
 
