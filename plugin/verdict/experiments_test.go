@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/skipstack/skipstack/plugin/uring"
 )
 
 func testLab() lab { return lab{deadline: time.Now().Add(20 * time.Second), settle: time.Second} }
@@ -32,12 +34,98 @@ func TestOnPlainTCP(t *testing.T) {
 				if f.Counted != f.Waiting || f.Waiting != firstWaiting+secondWaiting {
 					t.Errorf("%+v", f)
 				}
+			case expSplice:
+				want := []string{"splice(2)", "sendfile(2)"}
+				if !noRing() {
+					want = append(want, "io_uring's splice")
+				}
+				if f.Spliced != spliceWorks || !slices.Equal(f.NotRefused, want) || (f.NoRing != "") != noRing() {
+					t.Errorf("%+v", f)
+				}
 			case expFlood:
 				if f.Charged < f.Unread || f.Unread != floodFirst || !f.Stopped || !f.Released || f.Accepted >= floodStop {
 					t.Errorf("%+v", f)
 				}
 			}
 		})
+	}
+}
+
+// noRing tells if io_uring cannot be used here.
+func noRing() bool {
+	ring, err := uring.New()
+	return err != nil || ring.Close() != nil
+}
+
+// guarded is a call that a guard refuses on TCP sockets.
+func guarded(call splicer) splicer {
+	return splicer{call.name, func(in, out, n int) (int, error) {
+		if domain, err := unix.GetsockoptInt(in, unix.SOL_SOCKET, unix.SO_DOMAIN); err != nil || domain != unix.AF_UNIX {
+			return 0, unix.EINVAL
+		}
+		return call.move(in, out, n)
+	}}
+}
+
+// blind is a call that sees nothing on TCP sockets, and is not refused.
+func blind(call splicer) splicer {
+	call = guarded(call)
+	return splicer{call.name, func(in, out, n int) (int, error) {
+		n, err := call.move(in, out, n)
+		if errors.Is(err, unix.EINVAL) {
+			err = unix.EAGAIN
+		}
+		return n, err
+	}}
+}
+
+// TestSpliceSees: a guard has to refuse each of the calls, and nothing else.
+func TestSpliceSees(t *testing.T) {
+	a, b := splicers[0], splicers[1]
+	refuses := splicer{b.name, func(int, int, int) (int, error) { return 0, unix.EINVAL }}
+	for name, tc := range map[string]struct {
+		calls      []splicer
+		spliced    string
+		notRefused []string
+		fault      string
+	}{
+		"no guard":     {[]splicer{a, b}, spliceWorks, []string{a.name, b.name}, ""},
+		"guard":        {[]splicer{guarded(a), guarded(b)}, spliceRefused, nil, ""},
+		"misses one":   {[]splicer{guarded(a), blind(b)}, spliceBlind, []string{b.name}, ""},
+		"lets one go":  {[]splicer{guarded(a), b}, spliceBlind, []string{b.name}, ""},
+		"refuses more": {[]splicer{guarded(a), refuses}, spliceRefused, nil, b.name + " from a socket that is not accelerated fails"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			f, err := testLab().spliceBy(tc.calls)
+			if err != nil || f.Spliced != tc.spliced || !slices.Equal(f.NotRefused, tc.notRefused) || !strings.HasPrefix(f.Fault, tc.fault) ||
+				(f.Fault == "") != (tc.fault == "") {
+				t.Errorf("%+v, %v", f, err)
+			}
+		})
+	}
+}
+
+// TestRingTellsErrors: a refusal is one, and nothing waits for ever.
+func TestRingTellsErrors(t *testing.T) {
+	if noRing() {
+		t.Skip("needs io_uring")
+	}
+	l := testLab()
+	r, w, closePipe, err := newPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer closePipe()
+	if n, err := l.spliceByRing(r, w, 1); n != 0 || !errors.Is(err, unix.EINVAL) { // to itself
+		t.Errorf("%d, %v", n, err)
+	}
+	_, out, closeOther, err := newPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer closeOther()
+	if n, err := l.spliceByRing(r, out, 1); n != 0 || !errors.Is(err, unix.EAGAIN) {
+		t.Errorf("from an empty pipe: %d, %v", n, err)
 	}
 }
 

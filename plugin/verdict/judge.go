@@ -325,9 +325,9 @@ func (p *prober) trySplice(ctx context.Context) (Result, string, error) {
 	case o.redirected().Bytes != o.Sent:
 		return CouldNotTell, fmt.Sprintf("%d bytes were redirected where %d should have been (%s)", o.redirected().Bytes, o.Sent, o.passed()), nil
 	case o.Spliced == spliceBlind:
-		return NotOK, "it does not refuse splice(2)", nil
+		return NotOK, "it does not refuse " + strings.Join(o.NotRefused, ", "), nil
 	}
-	did := o.Spliced
+	tried := o.finding
 	if o, err = p.observe(ctx, expProxy, allRedirected, settle); err != nil {
 		return "", "", err
 	}
@@ -338,8 +338,14 @@ func (p *prober) trySplice(ctx context.Context) (Result, string, error) {
 		return CouldNotTell, "a Go io.Copy proxy: " + o.trouble, nil
 	case o.redirected().Messages == 0:
 		return CouldNotTell, fmt.Sprintf("nothing was redirected (%s)", o.passed()), nil
-	case did == spliceWorks:
-		return OK, "splice(2) from an accelerated connection sees redirected bytes, and a Go io.Copy proxy passes", nil
 	}
-	return OK, fmt.Sprintf("splice(2) and sendfile(2) from an accelerated connection are refused (guard: %s), and a Go io.Copy proxy passes", p.node.Guard), nil
+	did := "splice(2) from an accelerated connection sees redirected bytes"
+	if tried.Spliced == spliceRefused {
+		did = fmt.Sprintf("splice(2), also io_uring's, and sendfile(2) from an accelerated connection are refused (guard: %s)", p.node.Guard)
+		if tried.NoRing != "" {
+			did = fmt.Sprintf("splice(2) and sendfile(2) from an accelerated connection are refused (guard: %s; io_uring's was not tried: %s)",
+				p.node.Guard, tried.NoRing)
+		}
+	}
+	return OK, did + ", and a Go io.Copy proxy passes", nil
 }

@@ -7,6 +7,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -101,6 +102,12 @@ var fakes = map[string]func(map[string]experiment){
 	},
 	"counts all": func(table map[string]experiment) {
 		table[expWaiting] = after(countWaiting, func(f *finding) { f.Counted = f.Waiting })
+	},
+	"io_uring is missed": func(table map[string]experiment) {
+		table[expSplice] = func(l lab) (finding, error) {
+			ring := blind(splicer{"io_uring's splice", splicers[0].move})
+			return l.spliceBy(append(slices.Clip(splicers), ring))
+		}
 	},
 	"sleeps on": func(table map[string]experiment) {
 		table[expWake] = after(wake, func(f *finding) { f.Fault = "edge-triggered epoll does not report the first bytes" })

@@ -94,6 +94,9 @@ func runUntil(t *testing.T, env Env, told func(v *Verdict) bool) (*Verdict, erro
 // conclusive tells if the probes that need no guard could all tell.
 func conclusive(v *Verdict) bool { return othersTold(v, "") }
 
+// allTold tells if all probes could tell.
+func allTold(v *Verdict) bool { return conclusive(v) && v.probe(ProbeSplice).Result != CouldNotTell }
+
 // othersTold tells it of all but one.
 func othersTold(v *Verdict, probe string) bool {
 	return !slices.ContainsFunc(v.Probes, func(p Probe) bool {
@@ -229,6 +232,34 @@ func runFake(t *testing.T, fake string, told func(*Verdict) bool) *Verdict {
 		t.Fatal(err)
 	}
 	return v
+}
+
+// TestGuard: the guard refuses io_uring's splice, too, and one that does not is none.
+func TestGuard(t *testing.T) {
+	guard := datapath.NoGuard
+	t.Run("refuses", func(t *testing.T) {
+		v, err := runUntil(t, Env{CgroupRoot: cgroupRoot(t)}, allTold)
+		if err != nil {
+			t.Fatal(err)
+		}
+		p := v.probe(ProbeSplice)
+		if guard = v.Guard; guard == datapath.NoGuard {
+			t.Skipf("needs a kernel that permits a splice guard: %+v", p)
+		}
+		if strings.Contains(p.Detail, "also io_uring's") == noRing() || strings.Contains(p.Detail, "not tried") != noRing() {
+			t.Errorf("%+v", p)
+		}
+	})
+	t.Run("misses io_uring", func(t *testing.T) {
+		v := runFake(t, "io_uring is missed", allTold)
+		p := v.probe(ProbeSplice)
+		if p.Result != NotOK || guard != datapath.NoGuard && !strings.Contains(p.Detail, string(guard)+": it does not refuse io_uring's splice") {
+			t.Errorf("%+v", p)
+		}
+		if v.Guard != datapath.NoGuard || v.Risks&datapath.RiskSplice == 0 {
+			t.Errorf("guard %q, risks %q", v.Guard, v.Risks)
+		}
+	})
 }
 
 // TestOrderTriesAgain: rounds in which nearly all went one way, as on a busy

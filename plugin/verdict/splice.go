@@ -7,22 +7,123 @@ import (
 	"io"
 	"net"
 	"os"
+	"runtime"
+	"slices"
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/skipstack/skipstack/plugin/uring"
 )
 
-// What splice(2) and sendfile(2) do where bytes wait.
+// What the calls that splice do where bytes wait.
 const (
-	spliceRefused = "refused" // both say EINVAL: callers read(2) instead
-	spliceWorks   = "works"   // both move the bytes
+	spliceRefused = "refused" // all say EINVAL: callers read(2) instead
+	spliceWorks   = "works"   // all move the bytes
 	spliceBlind   = "blind"   // at least one does not see them
 )
 
 const spliceSize = 700
 
+// splicer is a call that moves up to n bytes from a descriptor to a pipe. It says EAGAIN,
+// or 0, where it sees none.
+type splicer struct {
+	name string
+	move func(in, out, n int) (int, error)
+}
+
+var splicers = []splicer{
+	{"splice(2)", func(in, out, n int) (int, error) {
+		moved, err := unix.Splice(in, nil, out, nil, n, unix.SPLICE_F_NONBLOCK)
+		return int(moved), err
+	}},
+	{"sendfile(2)", func(in, out, n int) (int, error) { return unix.Sendfile(out, in, nil, n) }},
+}
+
 // spliceFrom lets bytes wait on a connection and tries to move them to a pipe.
 func spliceFrom(l lab) (finding, error) {
+	calls := splicers
+	ring, why := l.ringSplicer()
+	if why == "" {
+		calls = append(slices.Clip(calls), ring)
+	}
+	f, err := l.spliceBy(calls)
+	f.NoRing = why
+	return f, err
+}
+
+// ringSplicer is io_uring's splice, or why it cannot be tried. The guard has to find
+// out in another way that it is at work: a kernel thread moves the bytes.
+func (l lab) ringSplicer() (s splicer, why string) {
+	s = splicer{"io_uring's splice", l.spliceByRing}
+	// The guard has no say in what goes from pipe to pipe.
+	r, w, closePipe, err := newPipe()
+	if err != nil {
+		return s, err.Error()
+	}
+	defer closePipe()
+	_, out, closeOther, err := newPipe()
+	if err != nil {
+		return s, err.Error()
+	}
+	defer closeOther()
+	if _, err := unix.Write(w, []byte{1}); err != nil {
+		return s, fmt.Sprintf("write a pipe: %v", err)
+	}
+	switch n, err := s.move(r, out, 1); {
+	case errors.Is(err, uring.ErrRefused):
+		return s, err.Error()
+	case err != nil:
+		return s, fmt.Sprintf("not even from pipe to pipe: %v", err)
+	case n != 1:
+		return s, fmt.Sprintf("from pipe to pipe it moves %d of 1 bytes", n)
+	}
+	return s, ""
+}
+
+func (l lab) spliceByRing(in, out, n int) (moved int, err error) {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		runtime.LockOSThread() // and ends the thread, see uring.Ring
+		moved, err = l.requestSplice(in, out, n)
+	}()
+	<-done
+	return moved, err
+}
+
+func (l lab) requestSplice(in, out, n int) (moved int, err error) {
+	ring, err := uring.New()
+	if err != nil {
+		return 0, err
+	}
+	defer func() { err = errors.Join(err, ring.Close()) }()
+	err = ring.Submit(uring.Request{
+		Op: uring.OpSplice, FD: int32(out), Offset: uring.NoOffset, Addr: uring.NoOffset,
+		Len: uint32(n), Flags: unix.SPLICE_F_NONBLOCK, SpliceFD: int32(in),
+	}, nil)
+	if err != nil {
+		return 0, err
+	}
+	var res int32
+	ok, err := l.until(time.Until(l.deadline), func() (ok bool, err error) {
+		res, ok, err = ring.Poll()
+		return ok, err
+	})
+	switch {
+	case err != nil:
+		return 0, err
+	case !ok:
+		return 0, errDeadline
+	case res < 0:
+		return 0, unix.Errno(-res)
+	}
+	return int(res), nil
+}
+
+// spliceBy tries each of the calls.
+func (l lab) spliceBy(calls []splicer) (finding, error) {
 	f := finding{Connections: 1}
 	client, server, err := l.connect(overIPv4())
 	if err != nil {
@@ -32,13 +133,7 @@ func spliceFrom(l lab) (finding, error) {
 	defer server.close()
 	content := newPattern(6)
 	outcomes := map[string]bool{}
-	for i, move := range []func(in, out, n int) (int, error){
-		func(in, out, n int) (int, error) {
-			moved, err := unix.Splice(in, nil, out, nil, n, unix.SPLICE_F_NONBLOCK)
-			return int(moved), err
-		},
-		func(in, out, n int) (int, error) { return unix.Sendfile(out, in, nil, n) },
-	} {
+	for i, call := range calls {
 		msg := content.at(i*spliceSize, spliceSize)
 		if err := l.send(client, msg); err != nil {
 			return f, err
@@ -48,11 +143,14 @@ func spliceFrom(l lab) (finding, error) {
 		if _, err := l.wait(server, unix.POLLIN); err != nil {
 			return f, err
 		}
-		outcome, err := l.move(server, msg, move)
+		outcome, err := l.move(server, msg, call)
 		if err != nil {
 			return asFault(f, err)
 		}
 		outcomes[outcome] = true
+		if outcome != spliceRefused {
+			f.NotRefused = append(f.NotRefused, call.name)
+		}
 	}
 	f.Spliced = spliceBlind
 	for _, same := range []string{spliceRefused, spliceWorks} {
@@ -60,34 +158,36 @@ func spliceFrom(l lab) (finding, error) {
 			f.Spliced = same
 		}
 	}
-	if f.Fault, err = spliceElsewhere(); err != nil {
-		return f, err
+	for _, call := range calls {
+		if f.Fault, err = spliceElsewhere(call); f.Fault != "" || err != nil {
+			return f, err
+		}
 	}
 	return f, f.settled(client)
 }
 
 // move moves the message that waits to a pipe, or else receives it.
-func (l lab) move(from sock, msg []byte, move func(in, out, n int) (int, error)) (outcome string, err error) {
+func (l lab) move(from sock, msg []byte, call splicer) (outcome string, err error) {
 	r, w, closePipe, err := newPipe()
 	if err != nil {
 		return "", err
 	}
 	defer closePipe()
-	n, err := move(from.fd, w, len(msg))
+	n, err := call.move(from.fd, w, len(msg))
 	switch {
-	case err == unix.EINVAL:
+	case errors.Is(err, unix.EINVAL):
 		return spliceRefused, l.expect(from, msg)
-	case err == unix.EAGAIN || err == nil && n == 0:
+	case errors.Is(err, unix.EAGAIN) || err == nil && n == 0:
 		return spliceBlind, l.expect(from, msg)
 	case err != nil:
-		return "", fmt.Errorf("splice: %w", err)
+		return "", fmt.Errorf("%s: %w", call.name, err)
 	}
 	buf := make([]byte, n)
 	if _, err := unix.Read(r, buf); err != nil {
 		return "", fmt.Errorf("read a pipe: %w", err)
 	}
 	if string(buf) != string(msg[:n]) {
-		return "", fmt.Errorf("%w: splice(2) moved others", errWrong)
+		return "", fmt.Errorf("%w: %s moved others", errWrong, call.name)
 	}
 	return spliceWorks, l.expect(from, msg[n:])
 }
@@ -101,9 +201,9 @@ func newPipe() (r, w int, closePipe func(), err error) {
 	return p[0], p[1], func() { unix.Close(p[0]); unix.Close(p[1]) }, nil
 }
 
-// spliceElsewhere returns a fault if splice(2) does not work on a socket that
-// nobody accelerates.
-func spliceElsewhere() (fault string, err error) {
+// spliceElsewhere returns a fault if the call does not work on a socket that nobody
+// accelerates.
+func spliceElsewhere(call splicer) (fault string, err error) {
 	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return "", fmt.Errorf("socketpair: %w", err)
@@ -118,8 +218,12 @@ func spliceElsewhere() (fault string, err error) {
 	if _, err := unix.Write(pair[0], []byte{1}); err != nil {
 		return "", fmt.Errorf("write: %w", err)
 	}
-	if n, err := unix.Splice(pair[1], nil, w, nil, 1, unix.SPLICE_F_NONBLOCK); err != nil || n != 1 {
-		return fmt.Sprintf("splice(2) from a socket that is not accelerated fails: %v", err), nil
+	n, err := call.move(pair[1], w, 1)
+	if errors.Is(err, errDeadline) {
+		return "", fmt.Errorf("%s: %w", call.name, err)
+	}
+	if err != nil || n != 1 {
+		return fmt.Sprintf("%s from a socket that is not accelerated fails: %v", call.name, err), nil
 	}
 	return "", nil
 }

@@ -49,7 +49,10 @@ type finding struct {
 	Stopped     bool   `json:"stopped"`  // the sender was stopped in the end
 	Released    bool   `json:"released"` // the charge was given back when all was read
 	Storage     uint64 `json:"storage"`  // memory charged to the sockets for storage
-	Spliced     string `json:"spliced"`  // what splice(2) and sendfile(2) from the socket did
+	Spliced     string `json:"spliced"`  // what calls that splice from the socket did
+	// NotRefused are the calls that were not refused, whatever they did.
+	NotRefused []string `json:"notRefused,omitempty"`
+	NoRing     string   `json:"noRing,omitempty"` // why io_uring's splice was not tried
 }
 
 // workerLife ends a worker whatever happens.

@@ -6,7 +6,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/skipstack/skipstack/test/uring"
+	"github.com/skipstack/skipstack/plugin/uring"
 )
 
 var urings = []behaviour{

@@ -19,10 +19,10 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/skipstack/skipstack/plugin/datapath"
+	"github.com/skipstack/skipstack/plugin/uring"
 	"github.com/skipstack/skipstack/test/datapath/traffic"
 	"github.com/skipstack/skipstack/test/must"
 	"github.com/skipstack/skipstack/test/node"
-	"github.com/skipstack/skipstack/test/uring"
 )
 
 // guarded is a test without a splice guard, and with each form of it, in one lab.

@@ -55,11 +55,12 @@ func TestImports(t *testing.T) {
 	}{
 		{"bpf/...", nil},
 		{"plugin/regular", nil},
+		{"plugin/uring", nil},
 		{"plugin/podcgroup", nil},
 		{"plugin/attachment", nil},
 		{"plugin/podlog", []string{"plugin/attachment"}},
 		{"plugin/datapath", []string{"bpf"}},
-		{"plugin/verdict", []string{"bpf", "plugin/attachment", "plugin/datapath", "plugin/regular"}},
+		{"plugin/verdict", []string{"bpf", "plugin/attachment", "plugin/datapath", "plugin/regular", "plugin/uring"}},
 		{"plugin", []string{"plugin/..."}},
 		{"conf", nil},
 		{"cmd/...", []string{"bpf", "plugin/...", "cmd/...", "conf", "test/node"}}, // the benchmark runs in a private node

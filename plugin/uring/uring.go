@@ -1,5 +1,5 @@
-// Package uring makes requests of io_uring(7), as tests need them: one at a time, and
-// without a library that would choose between system calls for them.
+// Package uring makes requests of io_uring(7), as probes and tests need them: one at a
+// time, and without a library that would choose between system calls for them.
 package uring
 
 import (

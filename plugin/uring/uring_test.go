@@ -10,8 +10,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/skipstack/skipstack/plugin/uring"
 	"github.com/skipstack/skipstack/test/must"
-	"github.com/skipstack/skipstack/test/uring"
 )
 
 func open(t *testing.T) *uring.Ring {
