@@ -53,7 +53,7 @@ type Loaded struct {
 }
 
 // Load loads the datapath or, where another build's is loaded, puts this build's
-// in its place; probes the kernel where this boot and build have no verdict; and
+// in its place; probes the kernel where this boot and binary have no verdict; and
 // opens the node's gate accordingly.
 //
 // The error wraps [datapath.ErrUnsupported] where the kernel cannot run the

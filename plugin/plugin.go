@@ -83,7 +83,7 @@ type Cgroups interface {
 	Find(ctx context.Context, root string, r podcgroup.Request) (*podcgroup.Pod, error)
 }
 
-// ErrNoVerdict is returned by Verdicts.Cached where this boot and this build
+// ErrNoVerdict is returned by Verdicts.Cached where this boot and this binary
 // have no verdict yet.
 var ErrNoVerdict = errors.New("the kernel has not been probed yet")
 
@@ -137,7 +137,7 @@ func unguarded(gate datapath.NodeSettings) datapath.NodeSettings {
 
 // Verdicts finds the kernel's verdict.
 type Verdicts interface {
-	// Cached returns the verdict of this boot and build, or [ErrNoVerdict].
+	// Cached returns the verdict of this boot and binary, or [ErrNoVerdict].
 	Cached(runDir string) (Verdict, error)
 	// Probe finds it out and caches it. That takes up to seconds. What it cannot
 	// tell, it takes from a cached one that could.

@@ -14,7 +14,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/skipstack/skipstack/bpf"
 	"github.com/skipstack/skipstack/plugin/datapath"
 	"github.com/skipstack/skipstack/plugin/regular"
 )
@@ -127,7 +126,7 @@ func bootID() (string, error) {
 	return strings.TrimSpace(string(data)), nil
 }
 
-// Cached returns the verdict of this boot and this build.
+// Cached returns the verdict of this boot and this binary.
 //
 // Returns an error wrapping [ErrNoVerdict] where runDir holds none, and where
 // what it holds is damaged, from another version, or inconclusive (see
@@ -138,7 +137,7 @@ func Cached(runDir string) (*Verdict, error) {
 	if err != nil {
 		return nil, err
 	}
-	return cached(runDir, boot, bpf.Build(), time.Now())
+	return cached(runDir, boot, build(), time.Now())
 }
 
 func cached(runDir, boot string, build [16]byte, now time.Time) (*Verdict, error) {

@@ -7,13 +7,14 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
-	"github.com/skipstack/skipstack/bpf"
 	"github.com/skipstack/skipstack/plugin/datapath"
 )
 
@@ -82,8 +83,51 @@ func TestCachedOfThisBoot(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if got.Level != Unsupported || got.Build != bpf.Build() || got.Kernel == "" {
+	if got.Level != Unsupported || got.Build != build() || got.Kernel == "" {
 		t.Errorf("%+v", got)
+	}
+}
+
+// TestBuild: another binary, even with the same BPF programs, has other probes.
+func TestBuild(t *testing.T) {
+	self, err := os.ReadFile("/proc/self/exe")
+	if err != nil {
+		t.Fatal(err)
+	}
+	id := goBuildID("/proc/self/exe")
+	if len(id) < 40 || bytes.Count(self, id) == 0 {
+		t.Fatalf("build id %q", id)
+	}
+	other := slices.Clone(id)
+	other[0] ^= 1
+	at := bytes.Index(self, slices.Concat([]byte("Go\x00\x00"), id))
+	if at < 8 {
+		t.Fatal("no note of the build id")
+	}
+	none := slices.Clone(self)
+	copy(none[at-8:], make([]byte, 4)) // its size
+	builds := map[string]string{}
+	for name, content := range map[string][]byte{
+		"copy":  self,
+		"other": bytes.ReplaceAll(self, id, other),
+		"no id": none,
+	} {
+		path := filepath.Join(t.TempDir(), "binary")
+		if err := os.WriteFile(path, content, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		out, err := exec.Command(path, buildArg).Output()
+		if err != nil {
+			t.Fatal(err)
+		}
+		builds[name] = string(out)
+	}
+	own := fmt.Sprintf("%x", build())
+	if builds["copy"] != own {
+		t.Errorf("a copy is %s, not %s", builds["copy"], own)
+	}
+	if builds["other"] == own || builds["no id"] == own || builds["no id"] == builds["other"] {
+		t.Errorf("%q are those of others, this one is %s", builds, own)
 	}
 }
 

@@ -18,6 +18,7 @@ import (
 const (
 	fakeWorkerArg = "fake-worker" // a worker with other experiments, see fakes
 	runArg        = "run"         // Run with the rest of the arguments as its worker's
+	buildArg      = "build"       // prints what identifies the binary
 )
 
 func TestMain(m *testing.M) {
@@ -29,6 +30,9 @@ func TestMain(m *testing.M) {
 			table := maps.Clone(experiments)
 			fakes[args[0]](table)
 			os.Exit(serve(os.Stdin, os.Stdout, table))
+		case buildArg:
+			fmt.Printf("%x", build())
+			os.Exit(0)
 		case runArg:
 			_, err := Run(context.Background(), Env{CgroupRoot: args[0], workerArgs: args[1:]})
 			if errors.Is(err, ErrPrivilege) {

@@ -15,7 +15,6 @@ import (
 	"github.com/cilium/ebpf/features"
 	"golang.org/x/sys/unix"
 
-	"github.com/skipstack/skipstack/bpf"
 	"github.com/skipstack/skipstack/plugin/datapath"
 )
 
@@ -140,7 +139,7 @@ func newVerdict() (*Verdict, error) {
 	v := &Verdict{
 		Kernel:   unix.ByteSliceToString(uts.Release[:]),
 		BootID:   boot,
-		Build:    bpf.Build(),
+		Build:    build(),
 		ProbedAt: time.Now().UTC().Truncate(time.Second),
 	}
 	for _, k := range kinds {

@@ -5,7 +5,7 @@
 // [Run] loads a datapath of its own, attaches it to a scratch cgroup and lets a
 // worker process, born in that cgroup and in a network namespace of its own, talk
 // to itself over loopback. No socket, program or setting of the node is touched.
-// The verdict is kept for this boot and this build ([Verdict.Save], [Cached]).
+// The verdict is kept for this boot and this binary ([Verdict.Save], [Cached]).
 package verdict
 
 import (
@@ -88,7 +88,7 @@ func Concerns(probe string) string {
 }
 
 var (
-	// ErrNoVerdict is returned by [Cached] where this boot and build have no
+	// ErrNoVerdict is returned by [Cached] where this boot and binary have no
 	// verdict that still holds.
 	ErrNoVerdict = errors.New("no verdict on this kernel is known")
 	// ErrPrivilege is returned by [Run] where the caller may not do what probing
@@ -120,7 +120,7 @@ type Verdict struct {
 	Probes   []Probe   // each once, in a fixed order
 	Kernel   string    // uname -r
 	BootID   string    // of the boot that was probed
-	Build    [16]byte  // of the programs that were probed, see [bpf.Build]
+	Build    [16]byte  // identifies the binary that probed
 	ProbedAt time.Time // wall clock
 }
 
