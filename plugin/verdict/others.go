@@ -203,6 +203,11 @@ func (o *others) sockMap(id ebpf.MapID) error {
 // cgroups looks for sock_ops programs at every cgroup below root.
 func (o *others) cgroups(ctx context.Context, root string) error {
 	o.seen = map[uint64]bool{}
+	// What follows goes by names.
+	root, err := filepath.EvalSymlinks(root)
+	if err != nil {
+		return fmt.Errorf("list cgroups: %w", err)
+	}
 	for above := root; ; {
 		above = filepath.Join(above, "..")
 		if checkCgroup2(above) != nil {

@@ -112,6 +112,15 @@ func TestOtherSockOps(t *testing.T) {
 			if below := found(t, pod, prog); len(below) != 1 || below[0].Cgroup != "/.." || !below[0].Everywhere || below[0].Blocks != o.Blocks {
 				t.Errorf("from below: %+v", below)
 			}
+			for at, want := range map[string]string{root: "/", pod: "/.."} {
+				symlink := filepath.Join(t.TempDir(), "cgroup")
+				if err := os.Symlink(at, symlink); err != nil {
+					t.Fatal(err)
+				}
+				if via := found(t, symlink, prog); len(via) != 1 || via[0].Cgroup != want || via[0].Blocks != o.Blocks || !via[0].Everywhere {
+					t.Errorf("by a symbolic link to %s: %+v", at, via)
+				}
+			}
 			if !o.Everywhere || o.Blocks != (tc.sharing != Multi) || !strings.Contains(o.Conflict, tc.conflict) || (tc.conflict == "") != (o.Conflict == "") {
 				t.Errorf("conflict %q, blocks %v", o.Conflict, o.Blocks)
 			}
@@ -202,6 +211,13 @@ func TestOtherSockMap(t *testing.T) {
 	got := found(t, root, ops)
 	if len(got) != 1 || got[0].Cgroup != "/pod" || got[0].Everywhere || got[0].Sharing != Multi || !strings.Contains(got[0].Conflict, "a sockmap of its own") {
 		t.Errorf("%+v", got)
+	}
+	symlink := filepath.Join(t.TempDir(), "cgroup")
+	if err := os.Symlink(root, symlink); err != nil {
+		t.Fatal(err)
+	}
+	if via := found(t, symlink, ops); len(via) != 1 || via[0].Cgroup != "/pod" {
+		t.Errorf("by a symbolic link: %+v", via)
 	}
 	// Seen from beside, the link alone tells.
 	got = found(t, child(t, root, "beside"), ops)
