@@ -40,6 +40,12 @@ func run(env, args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
 	defer stop()
 	context.AfterFunc(ctx, stop)
+	// A terminal that goes away may say so twice: once by the shell, once by the kernel.
+	if !signal.Ignored(unix.SIGHUP) { // as nohup(1) has it
+		var stop func()
+		ctx, stop = signal.NotifyContext(ctx, unix.SIGHUP)
+		defer stop()
+	}
 	return cli.Run(ctx, args, cli.Streams{In: stdin, Out: stdout, Err: stderr, Colour: colour(env, stdout)}, deps,
 		bench.NewCommand(bench.Config{Env: env, In: stdin, Out: stdout, ErrOut: stderr}))
 }

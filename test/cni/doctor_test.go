@@ -282,7 +282,7 @@ func TestDoctorNeighbours(t *testing.T) {
 func TestDoctorInterrupted(t *testing.T) {
 	s := newSite(t, options{})
 	scratch := func() []string { return must.Get(filepath.Glob(filepath.Join(s.CgroupRoot, "skipstack-probe-*")))(t) }
-	for _, sig := range []unix.Signal{unix.SIGINT, unix.SIGTERM} {
+	for _, sig := range []unix.Signal{unix.SIGINT, unix.SIGTERM, unix.SIGHUP} {
 		for _, when := range []string{"cgroup", "worker"} {
 			t.Run(fmt.Sprintf("%v, %s", sig, when), func(t *testing.T) {
 				before := tree(t, s.BPFFS, s.RunDir)
@@ -334,8 +334,14 @@ func (s *site) interrupted(sig unix.Signal, worker bool) bool {
 			s.t.Fatal("it does not begin")
 		}
 	}
-	if err := cmd.Process.Signal(sig); !errors.Is(err, os.ErrProcessDone) {
-		must.Do(s.t, err)
+	times := 1
+	if sig == unix.SIGHUP {
+		times = 2 // as where a terminal goes away
+	}
+	for range times {
+		if err := cmd.Process.Signal(sig); !errors.Is(err, os.ErrProcessDone) {
+			must.Do(s.t, err)
+		}
 	}
 	select {
 	case <-ended:

@@ -90,18 +90,15 @@ cannot be run as asked and nothing was created, 3 the kernel's verdict does
 not allow acceleration.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			// The caller's context ends on the other signals.
-			ctx, stop := signal.NotifyContext(cmd.Context(), unix.SIGHUP)
-			defer stop()
 			defer holdSignals(c.ErrOut)()
 			o, err := flags.options(cmd)
 			if err != nil {
 				return &ExitError{ExitUsage, err}
 			}
 			if node.Isolated() {
-				return inside(ctx, c, o)
+				return inside(cmd.Context(), c, o)
 			}
-			return outside(ctx, c, o, append([]string{"bench"}, setFlags(cmd)...))
+			return outside(cmd.Context(), c, o, append([]string{"bench"}, setFlags(cmd)...))
 		},
 	}
 	flags.add(cmd)

@@ -11,13 +11,11 @@ import (
 	"net"
 	"net/netip"
 	"os/exec"
-	"os/signal"
 	"slices"
 	"strconv"
 	"time"
 
 	"github.com/spf13/cobra"
-	"golang.org/x/sys/unix"
 
 	"github.com/skipstack/skipstack/plugin/datapath"
 )
@@ -58,8 +56,7 @@ failed), 2 wrong usage.`,
 			if err != nil {
 				return &ExitError{ExitUsage, err}
 			}
-			ctx, stop := signal.NotifyContext(cmd.Context(), unix.SIGHUP)
-			defer stop()
+			ctx := cmd.Context()
 			err = runClient(ctx, c, o)
 			switch {
 			case err != nil && ctx.Err() != nil:

@@ -130,6 +130,7 @@ func TestDisturbed(t *testing.T) {
 		{"SIGTERM while the kernel is probed", "making a private node", whileProbing(signalTo(unix.SIGTERM, false)), "interrupted"},
 		{"SIGTERM while measuring", "data verified", signalTo(unix.SIGTERM, false), "interrupted"},
 		{"SIGTERM again and again", "data verified", again(signalTo(unix.SIGTERM, false)), "interrupted"},
+		{"the terminal goes away, which is said twice", "data verified", again(signalTo(unix.SIGHUP, true)), "interrupted"},
 		{"Ctrl-C while measuring", "data verified", signalTo(unix.SIGINT, true), "interrupted"},
 		{"worker killed", "data verified", killWorker, "signal: killed"},
 	} {

@@ -9,13 +9,11 @@ import (
 	"net"
 	"net/netip"
 	"os/exec"
-	"os/signal"
 	"strconv"
 	"sync"
 	"time"
 
 	"github.com/spf13/cobra"
-	"golang.org/x/sys/unix"
 )
 
 // ports are where a server listens: one that is accelerated, one that is not.
@@ -64,10 +62,8 @@ Exit codes: 0 done, 1 failed, or no client came in time, 2 wrong usage.`,
 			if err := o.check(); err != nil {
 				return &ExitError{ExitUsage, err}
 			}
-			ctx, stop := signal.NotifyContext(cmd.Context(), unix.SIGHUP)
-			defer stop()
 			s := &server{log: c.ErrOut, options: o, command: func() *exec.Cmd { return selfWorker(c.Env) }}
-			if err := s.run(ctx); err != nil {
+			if err := s.run(cmd.Context()); err != nil {
 				return &ExitError{ExitNotProven, err}
 			}
 			return nil
