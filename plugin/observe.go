@@ -40,8 +40,10 @@ type Report struct {
 	NotLoaded string        `json:"notLoaded,omitempty"`
 	Verdict   string        `json:"verdict"` // one line
 	Probes    any           `json:"probes,omitempty"`
-	Totals    Totals        `json:"totals"`
-	Pods      []PodReport   `json:"pods"`
+	// Due tells that a probe could not tell, and that it is time to try it again.
+	Due    bool        `json:"due,omitempty"`
+	Totals Totals      `json:"totals"`
+	Pods   []PodReport `json:"pods"`
 	// Elsewhere says which pods this process cannot tell about, and how to ask.
 	Elsewhere []string `json:"elsewhere,omitempty"`
 	// Problems are what could not be read.
@@ -148,7 +150,7 @@ func (n *Node) Status(conf Config, cniCacheDir string) Report {
 	}
 	switch v, err := n.Verdicts.Cached(conf.RunDir); {
 	case err == nil:
-		r.Verdict, r.Probes = v.Summary, v.Document
+		r.Verdict, r.Probes, r.Due = v.Summary, v.Document, v.Due
 		if v.Due {
 			r.Verdict += " (a probe could not tell; the next pod has it tried again)"
 		}

@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"os"
 	"sync"
 	"time"
 
@@ -29,6 +30,7 @@ type Node interface {
 	Load(ctx context.Context, conf plugin.Config) (plugin.Loaded, error)
 	Sweep(ctx context.Context, conf plugin.Config) error
 	Status(conf plugin.Config, cniCacheDir string) plugin.Report
+	Probe(ctx context.Context, conf plugin.Config, load bool, held *os.File) (plugin.Verdict, error)
 	Loaded(conf plugin.Config) error
 }
 
@@ -178,6 +180,9 @@ func (a *agent) watch(ctx context.Context) {
 		if report.NotLoaded != "" {
 			now[report.NotLoaded] = true
 		}
+		if s := a.lookAgain(ctx, report); s != "" {
+			now[s] = true
+		}
 		for s := range now {
 			if !a.warned[s] { // not every 30 s
 				a.Log.Warn("the node", "problem", s)
@@ -188,6 +193,27 @@ func (a *agent) watch(ctx context.Context) {
 			return
 		}
 	}
+}
+
+// lookAgain has the kernel probed again where a probe could not tell: on a node
+// whose pods stay, no ADD would. It loads nothing. It returns what went wrong.
+func (a *agent) lookAgain(ctx context.Context, report plugin.Report) string {
+	if !report.Due || report.Loaded == nil || !report.Loaded.SameBuild {
+		return ""
+	}
+	v, err := a.Node.Probe(ctx, a.Config, false, nil)
+	a.beat()
+	if err != nil {
+		if ctx.Err() != nil {
+			return ""
+		}
+		return "probe again: " + err.Error()
+	}
+	a.mu.Lock()
+	a.verdict = v.Summary
+	a.mu.Unlock()
+	a.Log.Info("the kernel was probed again", "verdict", v.Summary)
+	return ""
 }
 
 // keep keeps skipstack installed.

@@ -32,6 +32,19 @@ type fake struct {
 	sweeps    int
 	report    plugin.Report
 	unloaded  bool // by somebody else
+	probes    int
+	failProbe bool
+}
+
+func (f *fake) Probe(_ context.Context, _ plugin.Config, load bool, held *os.File) (plugin.Verdict, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.probes++
+	if f.failProbe || load || held != nil {
+		return plugin.Verdict{}, errors.New("ENOSPC")
+	}
+	f.report.Due = false
+	return plugin.Verdict{Supported: true, Summary: "safe by now"}, nil
 }
 
 func (f *fake) Load(context.Context, plugin.Config) (plugin.Loaded, error) {
@@ -309,5 +322,41 @@ func TestHiddenMounts(t *testing.T) {
 	}
 	if got := hiddenMounts("/no/such/file", "/sys/fs/bpf"); got != "" {
 		t.Errorf("%q", got)
+	}
+}
+
+// What a probe could not tell is asked again without a pod's ADD, but nothing is
+// loaded, and nothing done to another build's programs.
+func TestLooksAgain(t *testing.T) {
+	loaded := &plugin.LoadedReport{SameBuild: true}
+	f := &fake{report: plugin.Report{Due: true, Loaded: loaded}, failProbe: true}
+	url, logs := started(t, f, Options{})
+	wait := func(what string) {
+		t.Helper()
+		await(t, what, func() (string, bool) { return logs.String(), strings.Contains(logs.String(), what) })
+	}
+	wait("probe again: ENOSPC")
+	f.mu.Lock()
+	f.failProbe = false
+	f.mu.Unlock()
+	wait("the kernel was probed again")
+	if _, body := get(url + "/readyz"); !strings.Contains(body, "safe by now") {
+		t.Errorf("not ready by the new verdict: %s", body)
+	}
+	for _, r := range []plugin.Report{{Loaded: loaded}, {Due: true}, {Due: true, Loaded: &plugin.LoadedReport{}}} {
+		f.mu.Lock()
+		f.report = r
+		probes, sweeps := f.probes, f.sweeps
+		f.mu.Unlock()
+		await(t, "two more looks", func() (string, bool) {
+			f.mu.Lock()
+			defer f.mu.Unlock()
+			return fmt.Sprint(f.sweeps), f.sweeps > sweeps+2
+		})
+		f.mu.Lock()
+		if f.probes != probes {
+			t.Errorf("probed again: %+v", r)
+		}
+		f.mu.Unlock()
 	}
 }
