@@ -16,7 +16,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/skipstack/skipstack/plugin/datapath"
-	judged "github.com/skipstack/skipstack/plugin/verdict"
 	"github.com/skipstack/skipstack/test/must"
 	"github.com/skipstack/skipstack/test/node"
 )
@@ -404,14 +403,15 @@ func TestLookAgain(t *testing.T) {
 		if len(s.probers()) > 0 {
 			return "probing", false
 		}
-		now := must.Get(judged.Cached(s.RunDir))(t)
+		var now verdict
+		must.Do(t, json.Unmarshal(must.Get(os.ReadFile(s.verdictFile()))(t), &now))
 		if s.unclear() { // the machine is busy, or it still is the old one
 			write(30 * time.Minute)
 			add()
-			return "unclear: " + now.String(), false
+			return "the verdict is unclear", false
 		}
-		risks := s.gate().Risks
-		return fmt.Sprintf("risks %q by verdict %s", risks, now), risks == now.Risks
+		risks := s.gate().Risks.Names()
+		return fmt.Sprintf("risks %q by verdict %+v", risks, now), slices.Equal(risks, now.Risks)
 	})
 }
 
