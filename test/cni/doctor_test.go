@@ -437,4 +437,22 @@ func TestDoctorMissing(t *testing.T) {
 	if left := must.Get(os.ReadDir(empty))(t); len(left) > 0 {
 		t.Errorf("left behind: %v", left)
 	}
+
+	// A run directory that load and ADD refuse is refused by doctor, too.
+	link, open := filepath.Join(s.Dir, "link"), filepath.Join(s.Dir, "open")
+	must.Do(t, errors.Join(os.Symlink(s.RunDir, link), os.Mkdir(open, 0o700), os.Chmod(open, 0o777)))
+	for dir, why := range map[string]string{link: "symbolic link", open: "can be written by others"} {
+		flags := []string{"--bpffs", s.BPFFS, "--run-dir", dir, "--cgroup-root", s.CgroupRoot}
+		e := parse(t, s.calm(func() outcome { return s.bare(append([]string{"doctor", "--json"}, flags...)...) }))
+		if result, detail := e.check(t, "rundir"); result != "not ok" || !strings.Contains(detail, why) || e.Stored ||
+			!strings.Contains(e.NotStored, why) || e.Outlook.Pods.Outcome != "plain" {
+			t.Errorf("%s: %s: %s; stored: %v %s; %+v", dir, result, detail, e.Stored, e.NotStored, e.Outlook)
+		}
+		if got := s.bare(append([]string{"load"}, flags...)...); got.code != 1 || !strings.Contains(got.stderr, why) {
+			t.Errorf("load: %+v", got)
+		}
+		c := s.light().call()
+		c.runDir = dir
+		s.wantLines(1, why, s.want(0, s.run(c.add())))
+	}
 }
