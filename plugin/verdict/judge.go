@@ -244,7 +244,8 @@ const noGuard = "splice(2) from an accelerated connection does not see redirecte
 // bytes, and if not, which form of the guard makes it say so.
 func (p *prober) splice(ctx context.Context) error {
 	forms := append([]datapath.Guard{datapath.NoGuard}, datapath.Guards()...)
-	unguarded, err := readTime()
+	inUse, unknown := guardAttached()
+	before, err := readTime()
 	if err != nil {
 		return err
 	}
@@ -264,13 +265,12 @@ func (p *prober) splice(ctx context.Context) error {
 	}
 	if result == OK {
 		p.v.Guard = guard
-		if guard != datapath.NoGuard {
-			guarded, err := readTime()
+		if guard != datapath.NoGuard && unknown == nil {
+			cost, err := guardCost(before, inUse)
 			if err != nil {
 				return err
 			}
-			why += fmt.Sprintf("; every read(2) and write(2) of the node passes the guard: of one byte, %d ns with it, %d ns without",
-				guarded.Nanoseconds(), unguarded.Nanoseconds())
+			why += "; " + cost
 		}
 		p.v.set(ProbeSplice, OK, why)
 		return nil

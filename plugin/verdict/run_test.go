@@ -250,6 +250,40 @@ func TestGuard(t *testing.T) {
 			t.Errorf("%+v", p)
 		}
 	})
+	t.Run("costs", func(t *testing.T) {
+		if guard == datapath.NoGuard {
+			t.Skip("needs a kernel that permits a splice guard")
+		}
+		root := cgroupRoot(t)
+		detail := func() string {
+			v, err := runUntil(t, Env{CgroupRoot: root}, allTold)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return v.probe(ProbeSplice).Detail
+		}
+		set, err := datapath.LoadPrivate(probeSet())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer set.Close()
+		if err := set.SetNode(datapath.NodeSettings{Open: true, Guard: guard}); err != nil {
+			t.Fatal(err)
+		}
+		if d := detail(); !strings.Contains(d, "ns with it") || strings.Contains(d, "ns without") {
+			t.Errorf("while a guard is attached: %s", d)
+		}
+		if err := set.Close(); err != nil {
+			t.Fatal(err)
+		}
+		waitFor(t, "the guard's end", func() bool {
+			attached, err := guardAttached()
+			return err == nil && !attached
+		})
+		if d := detail(); !strings.Contains(d, "ns without") {
+			t.Errorf("with no guard: %s", d)
+		}
+	})
 	t.Run("misses io_uring", func(t *testing.T) {
 		v := runFake(t, "io_uring is missed", allTold)
 		p := v.probe(ProbeSplice)
