@@ -219,9 +219,10 @@ func (j *job) do(ctx context.Context) error {
 		return err
 	}
 	j.compareSize(set)
-	if !gate.Open || j.unguarded {
+	switch {
+	case !gate.Open:
 		j.startProber(false)
-	} else if j.outdated(set, gate) {
+	case j.unguarded || j.outdated(set, gate):
 		j.lookAgain()
 	}
 	p.did("done")

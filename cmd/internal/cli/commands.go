@@ -323,7 +323,7 @@ func (c *cli) probe() *cobra.Command {
 				return &failed{err}
 			}
 			if err != nil {
-				log.Warn("the kernel was not probed, so pods stay plain: `skipstack doctor` looks for the cause, `skipstack load` tries again", "error", err.Error())
+				log.Warn("the kernel was not probed, so pods stay plain, or go by what was known before: `skipstack doctor` looks for the cause, `skipstack load` tries again", "error", err.Error())
 				return &failed{err}
 			}
 			log.Info("the kernel was probed", "verdict", v.Summary)
