@@ -11,6 +11,7 @@
  *           not count bytes that came by TCP.
  */
 #include "peers.h"
+#include "queues.h"
 
 char _license[] SEC("license") = "GPL";
 
@@ -335,6 +336,7 @@ static __always_inline void close_endpoint(struct bpf_sock_ops *ctx, struct bpf_
 					   struct endpoint *e)
 {
 	struct tcp_sock *tp = bpf_skc_to_tcp_sock(sk);
+	__u64 cookie = bpf_get_socket_cookie(ctx);
 	struct pod_counters *pc;
 
 	if (e->closed)
@@ -342,11 +344,9 @@ static __always_inline void close_endpoint(struct bpf_sock_ops *ctx, struct bpf_
 	e->closed = 1;
 	if (e->is_client && e->mode != ENDPOINT_REDIRECT) /* else decide() has */
 		bpf_map_delete_elem(&connections, &e->own);
-	if (!tp || funnel_done(tp)) {
-		__u64 cookie = bpf_get_socket_cookie(ctx);
-
+	if (!tp || funnel_done(tp))
 		bpf_map_delete_elem(&funnel_next, &cookie);
-	}
+	give_back(cookie);
 	pc = counters_of(e->pod);
 	if (!pc)
 		return;
@@ -548,17 +548,22 @@ static __always_inline enum message_outcome classify(struct sk_msg_md *msg, stru
 	if (why != MESSAGE_REDIRECTED)
 		return why;
 	unread = BPF_CORE_READ(peer, sk_backlog.rmem_alloc.counter);
-	if (!unread)
-		e->queued = 0;
+	if (!unread) {
+		if (e->reserved)
+			give_back(e->peer_cookie);
+		e->queued = e->reserved = 0;
+	}
 	if (unread + (__u64)SK_MSG_OVERHEAD * e->queued >= e->limit)
 		return MESSAGE_RECEIVER_FULL;
 	/* All of TCP on the node: what one receiver may hold is bounded above,
-	 * what all of them hold is bounded here. */
+	 * what all of them hold is bounded here and by reserve(). */
 	if (e->pressure ||
 	    tp->inet_conn.icsk_inet.sk.__sk_common.skc_prot->memory_allocated->counter >
 		    (__s64)e->low_mark)
 		return MESSAGE_MEMORY;
 	if (short_of_memory(e, msg->size))
+		return MESSAGE_MEMORY;
+	if (e->queued >= UNRESERVED_MESSAGES + e->reserved && !reserve(e, tp))
 		return MESSAGE_MEMORY;
 	return MESSAGE_REDIRECTED;
 }

@@ -111,7 +111,7 @@ type DatapathEndpoint struct {
 	PodLimit   uint32
 	Limit      uint32
 	Queued     uint32
-	_          [4]byte
+	Reserved   uint32
 	SinceNs    uint64
 	Redirected struct {
 		_        structs.HostLayout
@@ -196,6 +196,18 @@ type DatapathPortRange struct {
 	Last  uint16
 }
 
+type DatapathQueue struct {
+	_          structs.HostLayout
+	ReceiverSk uint64
+	Messages   uint64
+}
+
+type DatapathReserved struct {
+	_        structs.HostLayout
+	Messages uint64
+	SweptNs  uint64
+}
+
 type DatapathRisk uint32
 
 const (
@@ -236,6 +248,8 @@ const (
 	DatapathMapFunnelNext         = "funnel_next"
 	DatapathMapPods               = "pods"
 	DatapathMapPodsCount          = "pods_count"
+	DatapathMapQueues             = "queues"
+	DatapathMapQueuesSum          = "queues_sum"
 	DatapathMapSkipstackCount     = "skipstack_count"
 	DatapathMapSkipstackCtl       = "skipstack_ctl"
 	DatapathMapSkipstackSwitch    = "skipstack_switch"
@@ -307,6 +321,8 @@ type DatapathMapSpecs struct {
 	FunnelNext      *ebpf.MapSpec `ebpf:"funnel_next"`
 	Pods            *ebpf.MapSpec `ebpf:"pods"`
 	PodsCount       *ebpf.MapSpec `ebpf:"pods_count"`
+	Queues          *ebpf.MapSpec `ebpf:"queues"`
+	QueuesSum       *ebpf.MapSpec `ebpf:"queues_sum"`
 	SkipstackCount  *ebpf.MapSpec `ebpf:"skipstack_count"`
 	SkipstackCtl    *ebpf.MapSpec `ebpf:"skipstack_ctl"`
 	SkipstackSwitch *ebpf.MapSpec `ebpf:"skipstack_switch"`
@@ -350,6 +366,8 @@ type DatapathMaps struct {
 	FunnelNext      *ebpf.Map `ebpf:"funnel_next"`
 	Pods            *ebpf.Map `ebpf:"pods"`
 	PodsCount       *ebpf.Map `ebpf:"pods_count"`
+	Queues          *ebpf.Map `ebpf:"queues"`
+	QueuesSum       *ebpf.Map `ebpf:"queues_sum"`
 	SkipstackCount  *ebpf.Map `ebpf:"skipstack_count"`
 	SkipstackCtl    *ebpf.Map `ebpf:"skipstack_ctl"`
 	SkipstackSwitch *ebpf.Map `ebpf:"skipstack_switch"`
@@ -363,6 +381,8 @@ func (m *DatapathMaps) Close() error {
 		m.FunnelNext,
 		m.Pods,
 		m.PodsCount,
+		m.Queues,
+		m.QueuesSum,
 		m.SkipstackCount,
 		m.SkipstackCtl,
 		m.SkipstackSwitch,

@@ -66,6 +66,7 @@ struct endpoint {
 	__u32 pod_limit;  /* bytes, of the receiver's pod */
 	__u32 limit;	  /* bytes, in force */
 	__u32 queued;	  /* messages redirected since the receiver was last seen empty */
+	__u32 reserved;	  /* messages for which there is room in the receiver's queue, see queues.h */
 	/* Statistics. */
 	__u64 since_ns; /* CLOCK_MONOTONIC, of the SYN */
 	struct message_count redirected;

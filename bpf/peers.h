@@ -9,10 +9,6 @@
 #include "maps.h"
 #include "pods.h"
 
-/* What a queued message costs beyond its bytes: struct sk_msg, which the
- * kernel charges to nobody. */
-#define SK_MSG_OVERHEAD 1024
-
 /* Every receiver may leave this much unread, however small its memory cgroup. */
 #define LEAST_LIMIT (256 * 1024)
 

@@ -46,7 +46,7 @@ type SocketsSocketRecord struct {
 		PodLimit   uint32
 		Limit      uint32
 		Queued     uint32
-		_          [4]byte
+		Reserved   uint32
 		SinceNs    uint64
 		Redirected struct {
 			_        structs.HostLayout

@@ -6,7 +6,8 @@
 
 /* User space sets the sizes of the maps from maxConnections before loading:
  * `socks` and `funnel_next` hold two entries a connection, `connections` only
- * those whose client has not sent yet. */
+ * those whose client has not sent yet, `queues` those that have several messages
+ * unread. */
 #define DEFAULT_MAX_CONNECTIONS 262144
 
 /* The sockets that may be redirected to, keyed by their own end and the secret.

@@ -2,11 +2,11 @@
 // programs of package bpf. What is pinned lives below one directory of a bpffs:
 //
 //	<bpffs>/skipstack/              flock: loading, upgrading, unloading
-//	<bpffs>/skipstack/v1/maps/      1 is the [Layout] of the maps
-//	<bpffs>/skipstack/v1/progs/
-//	<bpffs>/skipstack/v1/guard/     the splice guard's program and link, see [Guard]
-//	<bpffs>/skipstack/v1/links/     one per attached pod, named by cgroup id
-//	<bpffs>/skipstack/v1/parked/    links of pods that are gone while sockets of
+//	<bpffs>/skipstack/v2/maps/      2 is the [Layout] of the maps
+//	<bpffs>/skipstack/v2/progs/
+//	<bpffs>/skipstack/v2/guard/     the splice guard's program and link, see [Guard]
+//	<bpffs>/skipstack/v2/links/     one per attached pod, named by cgroup id
+//	<bpffs>/skipstack/v2/parked/    links of pods that are gone while sockets of
 //	                                theirs are still closing
 //	<bpffs>/skipstack/guard-N       a splice guard that a set, since replaced, has
 //	                                left to its sockets
@@ -29,7 +29,7 @@ import (
 
 // Layout is the version of the maps' contents. Programs of one layout replace
 // each other in place; another layout is published beside it and retires it.
-const Layout = 1
+const Layout = 2
 
 // DefaultMaxConnections is how many connections are accelerated at once.
 const DefaultMaxConnections = 262144
@@ -169,13 +169,15 @@ func (s *Set) Close() error {
 func root(bpffs string) string   { return filepath.Join(bpffs, "skipstack") }
 func layout(bpffs string) string { return filepath.Join(root(bpffs), fmt.Sprintf("v%d", Layout)) }
 
-// mapNames are the maps that are pinned and that every layout 1 set has.
+// mapNames are the maps that are pinned and that every set of this layout has.
 var mapNames = []string{
 	bpf.DatapathMapConnections,
 	bpf.DatapathMapEndpoints,
 	bpf.DatapathMapFunnelNext,
 	bpf.DatapathMapPods,
 	bpf.DatapathMapPodsCount,
+	bpf.DatapathMapQueues,
+	bpf.DatapathMapQueuesSum,
 	bpf.DatapathMapSkipstackCount,
 	bpf.DatapathMapSkipstackCtl,
 	bpf.DatapathMapSkipstackSwitch,

@@ -467,18 +467,20 @@ func TestLayoutIsFixed(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := map[string][2]uint32{ // key and value size, layout 1
+	want := map[string][2]uint32{ // key and value size, layout 2
 		bpf.DatapathMapConnections:     {8, 72},
 		bpf.DatapathMapEndpoints:       {4, 200},
 		bpf.DatapathMapFunnelNext:      {8, 16},
 		bpf.DatapathMapPods:            {8, 84},
 		bpf.DatapathMapPodsCount:       {8, 128},
+		bpf.DatapathMapQueues:          {8, 16},
+		bpf.DatapathMapQueuesSum:       {4, 16},
 		bpf.DatapathMapSkipstackCount:  {4, 384},
 		bpf.DatapathMapSkipstackCtl:    {4, 36},
 		bpf.DatapathMapSkipstackSwitch: {4, 4},
 		bpf.DatapathMapSocks:           {16, 8},
 	}
-	if Layout != 1 || len(want) != len(mapNames) {
+	if Layout != 2 || len(want) != len(mapNames) {
 		t.Fatal("write the sizes of the new layout here")
 	}
 	for name, size := range want {

@@ -28,8 +28,8 @@ type LoadOptions struct {
 	ClaimWindow time.Duration
 }
 
-// leastRecords keeps the LRU map of handshakes useful where few connections
-// are allowed: an LRU map sets elements aside for each CPU.
+// leastRecords keeps the maps useful that are smaller than the number of connections:
+// an LRU map, as that of handshakes is, sets elements aside for each CPU.
 const leastRecords = 1024
 
 // Load publishes the datapath below bpffs, or opens what is published already.
@@ -110,12 +110,13 @@ func loadFresh(o LoadOptions, switchName string) (*Set, error) {
 }
 
 // sizedMaps are those whose size depends on how many connections there may be.
-var sizedMaps = []string{bpf.DatapathMapSocks, bpf.DatapathMapFunnelNext, bpf.DatapathMapConnections}
+var sizedMaps = []string{bpf.DatapathMapSocks, bpf.DatapathMapFunnelNext, bpf.DatapathMapConnections, bpf.DatapathMapQueues}
 
 func resize(spec *ebpf.CollectionSpec, maxConnections uint32) {
 	spec.Maps[bpf.DatapathMapSocks].MaxEntries = 2 * maxConnections
 	spec.Maps[bpf.DatapathMapFunnelNext].MaxEntries = 2 * maxConnections
 	spec.Maps[bpf.DatapathMapConnections].MaxEntries = max(maxConnections/4, leastRecords)
+	spec.Maps[bpf.DatapathMapQueues].MaxEntries = max(maxConnections/8, leastRecords)
 }
 
 // load loads the programs, on the given maps where there are any.

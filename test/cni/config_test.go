@@ -261,7 +261,7 @@ func TestBPFFSIsMounted(t *testing.T) {
 	if err := unix.Statfs(dir, &st); err != nil || uint32(st.Type) != unix.BPF_FS_MAGIC {
 		t.Fatalf("%s is of type %x, %v", dir, st.Type, err)
 	}
-	pins := must.Get(filepath.Glob(filepath.Join(dir, "skipstack/v1/links/*")))(t)
+	pins := must.Get(filepath.Glob(filepath.Join(dir, "skipstack/v2/links/*")))(t)
 	if len(pins) != 2 {
 		t.Errorf("links %v, want 2", pins)
 	}
@@ -270,7 +270,7 @@ func TestBPFFSIsMounted(t *testing.T) {
 		s.want(0, s.run(first.add()))
 	}
 	s.want(0, s.run(second.del()))
-	if pins := must.Get(filepath.Glob(filepath.Join(dir, "skipstack/v1/links/*")))(t); len(pins) != 0 {
+	if pins := must.Get(filepath.Glob(filepath.Join(dir, "skipstack/v2/links/*")))(t); len(pins) != 0 {
 		t.Errorf("links %v, want none", pins)
 	}
 }

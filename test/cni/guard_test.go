@@ -42,7 +42,7 @@ func (s *site) relays(a, b net.Conn) {
 }
 
 func (s *site) guardAttached() bool {
-	_, err := os.Stat(filepath.Join(s.BPFFS, "skipstack/v1/guard/link"))
+	_, err := os.Stat(filepath.Join(s.BPFFS, "skipstack/v2/guard/link"))
 	return err == nil
 }
 

@@ -27,7 +27,7 @@ func accepted(t *testing.T) bool {
 
 // linkPin is where a pod's link is pinned.
 func (s *site) linkPin(cgroupID uint64) string {
-	return filepath.Join(s.BPFFS, "skipstack/v1/links", strconv.FormatUint(cgroupID, 10))
+	return filepath.Join(s.BPFFS, "skipstack/v2/links", strconv.FormatUint(cgroupID, 10))
 }
 
 func TestRepeatedDel(t *testing.T) {

@@ -645,7 +645,7 @@ func TestDamaged(t *testing.T) {
 	s := newSite(t, options{})
 	list := s.network(node.Network{})
 	client, server := s.twoPods(list, node.PodOptions{})
-	pins := must.Get(filepath.Glob(filepath.Join(s.BPFFS, "skipstack/v1/*s/*[a-z]*")))(t)
+	pins := must.Get(filepath.Glob(filepath.Join(s.BPFFS, "skipstack/v2/*s/*[a-z]*")))(t)
 	if len(pins) < 5 {
 		t.Fatalf("pins %v", pins)
 	}

@@ -274,7 +274,7 @@ func TestDropPod(t *testing.T) {
 // are gone.
 func (l *lab) expectNothingKept() {
 	l.t.Helper()
-	for _, name := range []string{"connections", "funnel_next", "pods"} {
+	for _, name := range []string{"connections", "funnel_next", "pods", "queues"} {
 		m := must.Get(ebpf.LoadPinnedMap(l.pin(name), nil))(l.t)
 		defer m.Close()
 		// A program may still be at the last socket's end.
@@ -292,6 +292,51 @@ func (l *lab) expectNothingKept() {
 // pin is the path of a map of the published datapath.
 func (l *lab) pin(name string) string {
 	return filepath.Join(l.node.BPFFS, "skipstack", fmt.Sprintf("v%d", datapath.Layout), "maps", name)
+}
+
+// TestRoomIsGivenBack reserves room for a burst of messages, which is given back by
+// the first message after it was read, or when the receiver closes.
+func TestRoomIsGivenBack(t *testing.T) {
+	modes(t, func(t *testing.T, s datapath.NodeSettings) {
+		l := newPublishedLab(t, s)
+		client, server := l.pod("client", enabled), l.pod("server", enabled)
+		tl := server.listen(t, server.at(false, 0), traffic.SocketOptions{})
+		sum, queues := must.Get(ebpf.LoadPinnedMap(l.pin("queues_sum"), nil))(t), must.Get(ebpf.LoadPinnedMap(l.pin("queues"), nil))(t)
+		defer sum.Close()
+		defer queues.Close()
+		reserved := func() (messages uint64) {
+			var v struct{ Messages, SweptNs uint64 }
+			must.Do(t, sum.Lookup(uint32(0), &v))
+			return v.Messages
+		}
+		for name, end := range map[string]func(f *traffic.Filler, b *traffic.Conn){
+			"read": func(f *traffic.Filler, b *traffic.Conn) {
+				must.Do(t, b.Receive(traffic.Plan{Bytes: f.Total, Open: true}))
+				must.Get(f.Fill(1, 1))(t)
+			},
+			"receiver closes": func(_ *traffic.Filler, b *traffic.Conn) { must.Do(t, b.Close()) },
+			"sender closes first": func(f *traffic.Filler, b *traffic.Conn) {
+				must.Do(t, f.Conn.Close())
+				if n := reserved(); n == 0 {
+					t.Error("given back by a sender that has closed")
+				}
+				must.Do(t, b.Close())
+			},
+		} {
+			f := &traffic.Filler{Stream: traffic.NewStream(0)}
+			var b *traffic.Conn
+			f.Conn, b = client.pair(t, tl, traffic.SocketOptions{})
+			must.Get(f.Fill(1, 300))(t)
+			if n := reserved(); n < 290 || n > 300+64 {
+				t.Errorf("%s: room for %d messages is reserved for 300", name, n)
+			}
+			end(f, b)
+			l.wait(name+": the room is given back", func() (string, bool) {
+				n, err := reserved(), queues.NextKey(nil, new(uint64))
+				return fmt.Sprintf("for %d messages it is not (%v)", n, err), n == 0 && errors.Is(err, ebpf.ErrKeyNotExist)
+			})
+		}
+	})
 }
 
 // TestNothingIsKept ends connections in every way and looks for what the maps

@@ -62,6 +62,66 @@ func TestManyNeverRead(t *testing.T) {
 	}
 }
 
+// TestManyMessagesNeverRead fills so many receivers with messages of one byte that the
+// limit of each would let all of them cost more than TCP may hold. A sender that
+// closes gives nothing back; receivers that have read do, whoever is silent.
+func TestManyMessagesNeverRead(t *testing.T) {
+	node.Need(t)
+	const limit = 16 << 20
+	l := newLab(t, datapath.NodeSettings{Funnel: true, MPTCPListeners: true}, datapath.LoadOptions{ClaimWindow: time.Minute})
+	client, server := l.pod("client", withLimit(limit)), l.pod("server", withLimit(limit))
+	tl := server.listen(t, server.at(false, 0), traffic.SocketOptions{})
+	most := lowMark(t) / overhead
+	connections := int(most*3/2/(limit/overhead)) + 1
+	// What need not be reserved, and what the machine's CPUs reserve at once.
+	slack := int64(2*connections*4 + 64*runtime.NumCPU())
+
+	type link struct {
+		traffic.Filler
+		receiver *traffic.Conn
+	}
+	// redirected lets so many messages be sent on new connections, and counts
+	// those that were redirected.
+	redirected := func(connections, messages int) (links []*link, n int64) {
+		before := l.counters()
+		for i := range connections {
+			k := &link{Filler: traffic.Filler{Stream: traffic.NewStream(uint64(i))}}
+			k.Conn, k.receiver = client.pair(t, tl, traffic.SocketOptions{})
+			must.Get(k.Fill(1, messages))(t)
+			links = append(links, k)
+		}
+		now := l.counters().Since(before).Messages
+		if int64(now["redirected"].Messages) < int64(connections*messages) && now["memory"].Messages == 0 {
+			t.Errorf("messages passed, but not for want of memory: %v", now)
+		}
+		return links, int64(now["redirected"].Messages)
+	}
+
+	links, n := redirected(connections, limit/overhead)
+	if n > most+slack || n < most/2 {
+		t.Fatalf("%d messages wait, want at most %d, and half of it", n, most)
+	}
+	for _, k := range links {
+		must.Do(t, k.Conn.CloseWrite())
+	}
+	more, extra := redirected(connections, 200)
+	if n+extra > most+slack {
+		t.Errorf("with those of other senders %d messages wait, want at most %d", n+extra, most)
+	}
+	t.Logf("%d and %d messages waited, at most %d may", n, extra, most)
+	for _, links := range [][]*link{links, more} {
+		for i, k := range links {
+			must.Do(t, k.receiver.SetDeadline(time.Now().Add(lifetime)))
+			must.Do(t, k.receiver.Receive(traffic.Plan{Seed: uint64(i), Bytes: k.Total, Open: true}))
+		}
+	}
+	wait(t, "there is room again", func() (string, bool) {
+		links, n := redirected(1, 1000)
+		must.Do(t, links[0].receiver.Receive(traffic.Plan{Bytes: links[0].Total, Open: true}))
+		return fmt.Sprintf("%d messages of 1000 were redirected", n), n == 1000
+	})
+}
+
 // lowMark is how much memory TCP may hold on the machine before it begins to
 // save, in bytes. The sysctl is not to be seen in a private network namespace.
 func lowMark(t *testing.T) int64 {

@@ -207,6 +207,38 @@ var mutations = []mutation{
 		test: "^TestNeverReads$",
 	},
 	{
+		name: "queued messages have a limit together",
+		file: "datapath.bpf.c",
+		old:  "	if (e->queued >= UNRESERVED_MESSAGES + e->reserved && !reserve(e, tp))\n		return MESSAGE_MEMORY;\n",
+		test: "^TestManyMessagesNeverRead$",
+	},
+	{
+		name: "queued messages count as long as something is unread",
+		file: "queues.h",
+		old:  " &&\n	    BPF_CORE_READ(receiver, sk_backlog.rmem_alloc.counter))\n",
+		new:  " &&\n	    0)\n",
+		test: "^TestManyMessagesNeverRead$",
+	},
+	{
+		name: "room that nobody gives back is found",
+		file: "queues.h",
+		old:  "	if (!has_room(sum, e, tp)) {\n		sweep(sum);\n",
+		new:  "	if (!has_room(sum, e, tp)) {\n",
+		test: "^TestManyMessagesNeverRead$",
+	},
+	{
+		name: "the sender gives room back",
+		file: "datapath.bpf.c",
+		old:  "		if (e->reserved)\n			give_back(e->peer_cookie);\n",
+		test: "^TestRoomIsGivenBack$",
+	},
+	{
+		name: "the receiver's end gives room back",
+		file: "datapath.bpf.c",
+		old:  "	give_back(cookie);\n",
+		test: "^TestRoomIsGivenBack$",
+	},
+	{
 		name: "a message counts beyond its bytes",
 		file: "datapath.bpf.c",
 		old:  "	if (unread + (__u64)SK_MSG_OVERHEAD * e->queued >= e->limit)\n",
@@ -281,8 +313,8 @@ var mutations = []mutation{
 	{
 		name: "positions of the funnel go with their sockets",
 		file: "datapath.bpf.c",
-		old:  "	if (!tp || funnel_done(tp)) {\n",
-		new:  "	if (0) {\n",
+		old:  "	if (!tp || funnel_done(tp))\n",
+		new:  "	if (0)\n",
 		test: "^TestNothingIsKept$",
 	},
 	{

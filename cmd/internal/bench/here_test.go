@@ -68,7 +68,7 @@ func clean(t *testing.T, n *node.Node, leases string) {
 	if _, err := os.Stat(hereDir); !os.IsNotExist(err) {
 		t.Errorf("left: %s (%v)", hereDir, err)
 	}
-	for _, dir := range []string{filepath.Join(n.RunDir, "attachments"), filepath.Join(n.BPFFS, "skipstack/v1/links"), filepath.Join(leases, "users")} {
+	for _, dir := range []string{filepath.Join(n.RunDir, "attachments"), filepath.Join(n.BPFFS, "skipstack/v2/links"), filepath.Join(leases, "users")} {
 		entries, err := os.ReadDir(dir)
 		if err != nil && !os.IsNotExist(err) {
 			t.Error(err)
