@@ -544,6 +544,9 @@ static __always_inline enum message_outcome classify(struct sk_msg_md *msg, stru
 	}
 	if (!e->gate)
 		return MESSAGE_SWITCHED_OFF;
+	/* A ULP at the receiver would take redirected bytes for what it has decrypted. */
+	if (BPF_CORE_READ((struct inet_connection_sock *)peer, icsk_ulp_ops))
+		return MESSAGE_ULP;
 	why = overtakes(tp, e, peer, ctl);
 	if (why != MESSAGE_REDIRECTED)
 		return why;

@@ -6,13 +6,18 @@
  * redirected ones. The guard refuses with EINVAL, which programs take for "not
  * possible here" and read(2) instead.
  *
- * One program in two forms; user space attaches the first that works:
+ * It refuses TCP_ULP, too, with which kTLS begins: the tls module takes redirected
+ * bytes for decrypted ones, and competes with the funnel for the others, which ends in
+ * a BUG() of the kernel (seen on 6.18.15; newer kernels take no keys for a socket
+ * that is in a sockmap). TLS libraries go on in user space.
  *
- * guard_lsm       BPF LSM, where the kernel runs with "bpf" among its LSMs.
- * guard_fmod_ret  fmod_ret on the function that calls the LSMs.
+ * Two programs in two forms; user space attaches the first form that works:
  *
- * Either runs for every read(2) and write(2) of the node, so what is cheap to
- * find out comes first.
+ * guard_lsm, guard_lsm_ulp            BPF LSM, where the kernel runs with "bpf" among its LSMs.
+ * guard_fmod_ret, guard_fmod_ret_ulp  fmod_ret on the functions that call the LSMs.
+ *
+ * The first runs for every read(2) and write(2) of the node, so what is cheap to
+ * find out comes first. The second runs for every setsockopt(2).
  */
 #include "socks.h"
 
@@ -21,6 +26,8 @@
 char _license[] SEC("license") = "GPL";
 
 #define EINVAL 22
+#define ENOTCONN 107
+#define TCP_ULP 31 /* include/uapi/linux/tcp.h */
 #define MAY_READ 4 /* include/linux/fs.h */
 #define S_IFMT 0170000
 #define S_IFSOCK 0140000
@@ -162,4 +169,29 @@ SEC("fmod_ret/security_file_permission")
 int BPF_PROG(guard_fmod_ret, struct file *file, int mask, int before)
 {
 	return guard(file, mask, before);
+}
+
+/* guard_ulp is guard for setsockopt(2). A socket that is about to be connected may be
+ * enrolled between here and where its lock is taken; tls_init() refuses it likewise. */
+static __always_inline int guard_ulp(struct socket *socket, int level, int optname, int before)
+{
+	struct sock *sk = socket->sk;
+
+	if (before || level != SOL_TCP || optname != TCP_ULP || !sk)
+		return before;
+	if (sk->__sk_common.skc_state == BPF_TCP_SYN_SENT)
+		return -ENOTCONN;
+	return enrolled(sk) ? -EINVAL : 0;
+}
+
+SEC("lsm/socket_setsockopt")
+int BPF_PROG(guard_lsm_ulp, struct socket *socket, int level, int optname, int before)
+{
+	return guard_ulp(socket, level, optname, before);
+}
+
+SEC("fmod_ret/security_socket_setsockopt")
+int BPF_PROG(guard_fmod_ret_ulp, struct socket *socket, int level, int optname, int before)
+{
+	return guard_ulp(socket, level, optname, before);
 }

@@ -16,10 +16,12 @@ import (
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	GuardMapSkipstackGuard = "skipstack_guard"
-	GuardMapSocks          = "socks"
-	GuardProgGuardFmodRet  = "guard_fmod_ret"
-	GuardProgGuardLsm      = "guard_lsm"
+	GuardMapSkipstackGuard   = "skipstack_guard"
+	GuardMapSocks            = "socks"
+	GuardProgGuardFmodRet    = "guard_fmod_ret"
+	GuardProgGuardFmodRetUlp = "guard_fmod_ret_ulp"
+	GuardProgGuardLsm        = "guard_lsm"
+	GuardProgGuardLsmUlp     = "guard_lsm_ulp"
 )
 
 // LoadGuard returns the embedded CollectionSpec for Guard.
@@ -64,8 +66,10 @@ type GuardSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type GuardProgramSpecs struct {
-	GuardFmodRet *ebpf.ProgramSpec `ebpf:"guard_fmod_ret"`
-	GuardLsm     *ebpf.ProgramSpec `ebpf:"guard_lsm"`
+	GuardFmodRet    *ebpf.ProgramSpec `ebpf:"guard_fmod_ret"`
+	GuardFmodRetUlp *ebpf.ProgramSpec `ebpf:"guard_fmod_ret_ulp"`
+	GuardLsm        *ebpf.ProgramSpec `ebpf:"guard_lsm"`
+	GuardLsmUlp     *ebpf.ProgramSpec `ebpf:"guard_lsm_ulp"`
 }
 
 // GuardMapSpecs contains maps before they are loaded into the kernel.
@@ -123,14 +127,18 @@ type GuardVariables struct {
 //
 // It can be passed to LoadGuardObjects or ebpf.CollectionSpec.LoadAndAssign.
 type GuardPrograms struct {
-	GuardFmodRet *ebpf.Program `ebpf:"guard_fmod_ret"`
-	GuardLsm     *ebpf.Program `ebpf:"guard_lsm"`
+	GuardFmodRet    *ebpf.Program `ebpf:"guard_fmod_ret"`
+	GuardFmodRetUlp *ebpf.Program `ebpf:"guard_fmod_ret_ulp"`
+	GuardLsm        *ebpf.Program `ebpf:"guard_lsm"`
+	GuardLsmUlp     *ebpf.Program `ebpf:"guard_lsm_ulp"`
 }
 
 func (p *GuardPrograms) Close() error {
 	return _GuardClose(
 		p.GuardFmodRet,
+		p.GuardFmodRetUlp,
 		p.GuardLsm,
+		p.GuardLsmUlp,
 	)
 }
 

@@ -110,6 +110,7 @@ typedef struct {
 } possible_net_t;
 
 struct sock_common {
+	volatile unsigned char skc_state;
 	struct proto *skc_prot;
 	possible_net_t skc_net;
 	atomic64_t skc_cookie;

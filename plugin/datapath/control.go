@@ -108,14 +108,14 @@ func (s *Set) SetNode(n NodeSettings) error {
 		return guardErr
 	}
 	g := s.guardPins()
-	var prog *guardProgram
+	var guard *guardPrograms
 	var guardErr error
 	if n.Guard != NoGuard && n.Guard != g.wanted() {
-		if prog, guardErr = g.load(n.Guard); guardErr != nil {
+		if guard, guardErr = g.load(n.Guard); guardErr != nil {
 			n.Guard = NoGuard
 			n.Risks |= RiskSplice
 		}
-		defer prog.Close()
+		defer guard.Close()
 	}
 	unlock, err := g.lock()
 	if err != nil {
@@ -128,14 +128,14 @@ func (s *Set) SetNode(n NodeSettings) error {
 	}
 	// Killed in between, it must leave a gate that is closed, or knows of the risk.
 	steps := []func() error{
-		func() error { return g.want(n.Guard, prog) },
+		func() error { return g.want(n.Guard, guard) },
 		func() error { return s.writeNode(n) },
 	}
 	if n.Guard == NoGuard {
 		slices.Reverse(steps)
 	} else {
 		n.Risks &^= RiskSplice
-		if running == 0 {
+		if !running.all() {
 			n.Risks |= RiskSplice // until settle has attached it
 		}
 	}

@@ -4,7 +4,7 @@
 //	<bpffs>/skipstack/              flock: loading, upgrading, unloading
 //	<bpffs>/skipstack/v2/maps/      2 is the [Layout] of the maps
 //	<bpffs>/skipstack/v2/progs/
-//	<bpffs>/skipstack/v2/guard/     the splice guard's program and link, see [Guard]
+//	<bpffs>/skipstack/v2/guard/     the splice guard's programs and links, see [Guard]
 //	<bpffs>/skipstack/v2/links/     one per attached pod, named by cgroup id
 //	<bpffs>/skipstack/v2/parked/    links of pods that are gone while sockets of
 //	                                theirs are still closing
@@ -141,22 +141,15 @@ type Set struct {
 	progs map[string]*ebpf.Program
 	links []link.Link // of a private set
 
-	guard     Guard // of a private set
-	guardLink link.Link
-	refused   *ebpf.Map // what the guard has counted; nil: none was attached yet
+	guard      Guard // of a private set
+	guardLinks []link.Link
+	refused    *ebpf.Map // what the guard has counted; nil: none was attached yet
 }
 
 // Close releases the descriptors. A private set is gone with it, and so are
 // its links.
 func (s *Set) Close() error {
-	var errs []error
-	for _, l := range s.links {
-		errs = append(errs, l.Close())
-	}
-	if s.guardLink != nil {
-		errs = append(errs, s.guardLink.Close())
-	}
-	errs = append(errs, s.refused.Close())
+	errs := []error{closeAll(s.links), closeAll(s.guardLinks), s.refused.Close()}
 	for _, m := range s.maps {
 		errs = append(errs, m.Close())
 	}

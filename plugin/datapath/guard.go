@@ -5,8 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -17,14 +19,15 @@ import (
 	"github.com/skipstack/skipstack/bpf"
 )
 
-// Guard is a form of the splice guard: the program that refuses splice(2) and
-// sendfile(2) from enrolled sockets, where they would not see redirected bytes.
+// Guard is a form of the splice guard: the programs that refuse splice(2) and
+// sendfile(2) from enrolled sockets, where they would not see redirected bytes, and
+// TCP_ULP on them, because kTLS would take those for decrypted.
 type Guard string
 
 const (
 	NoGuard      Guard = ""
 	GuardLSM     Guard = "lsm"      // BPF LSM: CONFIG_BPF_LSM, and bpf among the kernel's LSMs
-	GuardFmodRet Guard = "fmod_ret" // on the function that calls the LSMs
+	GuardFmodRet Guard = "fmod_ret" // on the functions that call the LSMs
 )
 
 // Guards lists the forms, the one to be preferred first. A form that attaches need
@@ -40,23 +43,39 @@ var ErrGuard = errors.New("the splice guard cannot be attached")
 // no more than milliseconds.
 const guardWait = 5 * time.Second
 
-// A guardProgram is a form of the guard and its count of refused calls.
-type guardProgram struct {
-	*ebpf.Program
+// The guard's programs, by what they are called at.
+const (
+	guardReads = iota // read(2) and its like: splices are refused
+	guardULP          // setsockopt(2)
+	guardHooks
+)
+
+// guardNames are the programs' names in the object file.
+var guardNames = map[Guard][guardHooks]string{
+	GuardLSM:     {bpf.GuardProgGuardLsm, bpf.GuardProgGuardLsmUlp},
+	GuardFmodRet: {bpf.GuardProgGuardFmodRet, bpf.GuardProgGuardFmodRetUlp},
+}
+
+// guardPrograms are a form of the guard and its count of refused splices.
+type guardPrograms struct {
+	progs   [guardHooks]*ebpf.Program
 	refused *ebpf.Map
 }
 
-func (p *guardProgram) Close() {
-	if p != nil {
-		p.Program.Close()
-		p.refused.Close()
+func (p *guardPrograms) Close() {
+	if p == nil {
+		return
 	}
+	for _, prog := range p.progs {
+		prog.Close()
+	}
+	p.refused.Close()
 }
 
-// loadGuard loads the guard's program for the sockets of one sockhash. It goes on
+// loadGuard loads the guard's programs for the sockets of one sockhash. They go on
 // counting in refused, unless that is nil.
-func loadGuard(form Guard, socks, refused *ebpf.Map) (*guardProgram, error) {
-	name, ok := map[Guard]string{GuardLSM: bpf.GuardProgGuardLsm, GuardFmodRet: bpf.GuardProgGuardFmodRet}[form]
+func loadGuard(form Guard, socks, refused *ebpf.Map) (*guardPrograms, error) {
+	names, ok := guardNames[form]
 	if !ok {
 		return nil, fmt.Errorf("%w: no form %q", ErrGuard, form)
 	}
@@ -64,18 +83,22 @@ func loadGuard(form Guard, socks, refused *ebpf.Map) (*guardProgram, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read the embedded guard: %w", err)
 	}
-	spec.Programs = map[string]*ebpf.ProgramSpec{name: spec.Programs[name]}
+	maps.DeleteFunc(spec.Programs, func(name string, _ *ebpf.ProgramSpec) bool { return !slices.Contains(names[:], name) })
 	spec.Maps[bpf.GuardMapSocks].MaxEntries = socks.MaxEntries()
-	maps := map[string]*ebpf.Map{bpf.GuardMapSocks: socks}
+	replacements := map[string]*ebpf.Map{bpf.GuardMapSocks: socks}
 	if refused != nil {
-		maps[bpf.GuardMapSkipstackGuard] = refused
+		replacements[bpf.GuardMapSkipstackGuard] = refused
 	}
-	coll, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: maps})
+	coll, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: replacements})
 	if err != nil {
-		return nil, fmt.Errorf("%w: load its %s program: %w", ErrGuard, form, err)
+		return nil, fmt.Errorf("%w: load its %s programs: %w", ErrGuard, form, err)
 	}
 	defer coll.Close()
-	return &guardProgram{coll.DetachProgram(name), coll.DetachMap(bpf.GuardMapSkipstackGuard)}, nil
+	p := &guardPrograms{refused: coll.DetachMap(bpf.GuardMapSkipstackGuard)}
+	for hook, name := range names {
+		p.progs[hook] = coll.DetachProgram(name)
+	}
+	return p, nil
 }
 
 // A program whose link was unpinned a moment ago is still attached: bpffs lets go
@@ -108,34 +131,45 @@ func (s *Set) setPrivateGuard(form Guard) error {
 	if form == s.guard {
 		return nil
 	}
-	var fresh link.Link
+	var fresh []link.Link
 	if form != NoGuard {
-		prog, err := loadGuard(form, s.maps[bpf.DatapathMapSocks], s.refused)
+		guard, err := loadGuard(form, s.maps[bpf.DatapathMapSocks], s.refused)
 		if err != nil {
 			return err
 		}
-		defer prog.Close() // the link holds it
-		if fresh, err = attachGuard(form, prog.Program); err != nil {
-			return err
+		defer guard.Close() // the links hold the programs
+		for _, prog := range guard.progs {
+			l, err := attachGuard(form, prog)
+			if err != nil {
+				return errors.Join(err, closeAll(fresh))
+			}
+			fresh = append(fresh, l)
 		}
 		if s.refused == nil {
-			s.refused, prog.refused = prog.refused, nil
+			s.refused, guard.refused = guard.refused, nil
 		}
 	}
-	if s.guardLink != nil {
-		if err := s.guardLink.Close(); err != nil {
-			return fmt.Errorf("detach the splice guard: %w", err)
-		}
+	if err := closeAll(s.guardLinks); err != nil {
+		return fmt.Errorf("detach the splice guard: %w", err)
 	}
-	s.guard, s.guardLink = form, fresh
+	s.guard, s.guardLinks = form, fresh
 	return nil
+}
+
+func closeAll(links []link.Link) error {
+	var errs []error
+	for _, l := range links {
+		errs = append(errs, l.Close())
+	}
+	return errors.Join(errs...)
 }
 
 // guardPins is the splice guard of a published set:
 //
-//	guard/lsm or guard/fmod_ret   the program, in the form that is wanted; none: no guard
-//	guard/link                    exists while the guard is attached
-//	guard/refused                 the number of calls refused; stays when the form goes
+//	guard/lsm or guard/fmod_ret   the program for reads, in the form that is wanted; none: no guard
+//	guard/link                    exists while it is attached
+//	guard/...-ulp                 the same of the program for setsockopt(2)
+//	guard/refused                 the number of splices refused; stays when the form goes
 //
 // While a form is wanted, the bit RiskSplice of control.risks says that the guard is
 // not attached, so no socket can be enrolled unguarded. The layout directory's lock
@@ -147,6 +181,11 @@ type guardPins struct {
 
 func (g guardPins) path(name string) string { return filepath.Join(g.dir, "guard", name) }
 
+// paths are those of something that each program has.
+func (g guardPins) paths(name string) [guardHooks]string {
+	return [guardHooks]string{guardReads: g.path(name), guardULP: g.path(name + "-ulp")}
+}
+
 func (g guardPins) lock() (unlock func(), err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), guardWait)
 	defer cancel()
@@ -157,39 +196,60 @@ func (g guardPins) lock() (unlock func(), err error) {
 	return func() { f.Close() }, nil
 }
 
-// wanted is the form whose program is pinned.
+// wanted is the form whose programs are pinned.
 func (g guardPins) wanted() Guard {
 	for _, form := range Guards() {
-		if _, err := os.Stat(g.path(string(form))); err == nil {
+		if exist(g.paths(string(form))) {
 			return form
 		}
 	}
 	return NoGuard
 }
 
-// want pins the program of a form, which may be nil if it is pinned already, and
+func exist(paths [guardHooks]string) bool {
+	for _, path := range paths {
+		if _, err := os.Stat(path); err != nil {
+			return false
+		}
+	}
+	return true
+}
+
+// want pins the programs of a form, which may be nil if they are pinned already, and
 // unpins those of the others.
-func (g guardPins) want(form Guard, prog *guardProgram) error {
+func (g guardPins) want(form Guard, guard *guardPrograms) error {
 	if err := os.Mkdir(filepath.Join(g.dir, "guard"), 0o700); err != nil && !errors.Is(err, os.ErrExist) {
 		return fmt.Errorf("pin the splice guard: %w", err)
 	}
-	if prog != nil {
-		if err := pinOver(g.path("refused"), prog.refused.Pin); err != nil {
+	if guard != nil {
+		if err := pinOver(g.path("refused"), guard.refused.Pin); err != nil {
 			return fmt.Errorf("pin the splice guard's counter: %w", err)
 		}
-		if err := pinOver(g.path(string(form)), prog.Pin); err != nil {
-			return fmt.Errorf("pin the splice guard: %w", err)
+		for hook, path := range g.paths(string(form)) {
+			if err := pinOver(path, guard.progs[hook].Pin); err != nil {
+				return fmt.Errorf("pin the splice guard: %w", err)
+			}
 		}
 	}
 	for _, other := range Guards() {
 		if other == form {
 			continue
 		}
-		if err := os.Remove(g.path(string(other))); err != nil && !errors.Is(err, os.ErrNotExist) {
+		if err := unpin(g.paths(string(other))); err != nil {
 			return fmt.Errorf("unpin the splice guard: %w", err)
 		}
 	}
 	return nil
+}
+
+func unpin(paths [guardHooks]string) error {
+	var errs []error
+	for _, path := range paths {
+		if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // pinOver pins something in the place of whatever is there.
@@ -206,7 +266,7 @@ func pinOver(path string, pin func(string) error) error {
 }
 
 // load loads a form, which goes on counting where the one before stopped.
-func (g guardPins) load(form Guard) (*guardProgram, error) {
+func (g guardPins) load(form Guard) (*guardPrograms, error) {
 	refused, err := g.refused()
 	if err != nil {
 		return nil, err
@@ -245,8 +305,24 @@ func (s *Set) spliceRefused() (n uint64, err error) {
 	return n, nil
 }
 
-// attached returns the program that the pinned link runs, 0 if there is none.
-func (g guardPins) attached() (ebpf.ProgramID, error) { return linkProgram(g.path("link")) }
+// attached returns the programs that the pinned links run.
+func (g guardPins) attached() (ids guardIDs, err error) {
+	for hook, path := range g.paths("link") {
+		if ids[hook], err = linkProgram(path); err != nil {
+			return ids, err
+		}
+	}
+	return ids, nil
+}
+
+// guardIDs are the programs that are attached, 0 where there is none.
+type guardIDs [guardHooks]ebpf.ProgramID
+
+// all tells if the whole guard is attached.
+func (ids guardIDs) all() bool { return !slices.Contains(ids[:], 0) }
+
+// any tells if some of it is.
+func (ids guardIDs) any() bool { return ids != guardIDs{} }
 
 func linkProgram(path string) (ebpf.ProgramID, error) {
 	l, err := link.LoadPinnedLink(path, nil)
@@ -301,27 +377,38 @@ func (g guardPins) settle(arriving bool) error {
 	case form != NoGuard && inUse:
 		guardErr := g.attach(form, running)
 		// One that runs, but is not the wanted one, guards as well.
-		if err := g.setRisk(guardErr != nil && running == 0); err != nil {
+		if err := g.setRisk(guardErr != nil && !running.all()); err != nil {
 			return err
 		}
 		return guardErr
-	case running != 0 && !members:
+	case running.any() && !members:
 		if form != NoGuard {
 			if err := g.setRisk(true); err != nil {
 				return err
 			}
 		}
-		if err := os.Remove(g.path("link")); err != nil && !errors.Is(err, os.ErrNotExist) {
+		if err := unpin(g.paths("link")); err != nil {
 			return fmt.Errorf("detach the splice guard: %w", err)
 		}
-	case form != NoGuard && running == 0:
+	case form != NoGuard && !running.all():
 		return g.setRisk(true)
 	}
 	return nil
 }
 
-func (g guardPins) attach(form Guard, running ebpf.ProgramID) error {
-	prog, err := ebpf.LoadPinnedProgram(g.path(string(form)), nil)
+func (g guardPins) attach(form Guard, running guardIDs) error {
+	links := g.paths("link")
+	for hook, path := range g.paths(string(form)) {
+		if err := attachPinned(form, path, links[hook], running[hook]); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// attachPinned attaches a pinned program, and pins its link, unless it is what runs.
+func attachPinned(form Guard, path, linkPath string, running ebpf.ProgramID) error {
+	prog, err := ebpf.LoadPinnedProgram(path, nil)
 	if err != nil {
 		return fmt.Errorf("%w: open its program: %w", ErrGuard, err)
 	}
@@ -338,7 +425,7 @@ func (g guardPins) attach(form Guard, running ebpf.ProgramID) error {
 		return err
 	}
 	defer l.Close()
-	if err := pinOver(g.path("link"), l.Pin); err != nil {
+	if err := pinOver(linkPath, l.Pin); err != nil {
 		return fmt.Errorf("%w: pin its link: %w", ErrGuard, err)
 	}
 	return nil
@@ -376,8 +463,7 @@ func (g guardPins) risks(r Risk) (Risk, Guard) {
 	if form == NoGuard {
 		return r, form
 	}
-	_, err := os.Stat(g.path("link"))
-	if err == nil || !g.hasPods() {
+	if exist(g.paths("link")) || !g.hasPods() {
 		return r &^ RiskSplice, form
 	}
 	return r | RiskSplice, form
@@ -390,7 +476,7 @@ func (s *Set) guardPins() guardPins {
 	}
 }
 
-// renewGuard puts this build's program in the place of another's. Where that fails
+// renewGuard puts this build's programs in the place of another's. Where that fails
 // the other goes on: what becomes of it is for this build's verdict to say.
 func (s *Set) renewGuard() {
 	g := s.guardPins()
@@ -398,14 +484,14 @@ func (s *Set) renewGuard() {
 	if form == NoGuard {
 		return
 	}
-	prog, err := g.load(form)
+	guard, err := g.load(form)
 	if err != nil {
 		return
 	}
-	defer prog.Close()
+	defer guard.Close()
 	if unlock, err := g.lock(); err == nil {
 		defer unlock()
-		if g.want(form, prog) == nil {
+		if g.want(form, guard) == nil {
 			_ = g.settle(false)
 		}
 	}
@@ -418,60 +504,71 @@ const orphanPrefix = "guard-"
 // orphanGuard keeps the guard of a set that is about to be discarded, for the
 // sockets that it may have.
 func orphanGuard(bpffs, dir string) error {
-	pin := guardPins{dir: dir}.path("link")
-	id, err := linkProgram(pin)
-	if err != nil || id == 0 {
-		return err
+	for _, pin := range (guardPins{dir: dir}).paths("link") {
+		id, err := linkProgram(pin)
+		if err != nil {
+			return err
+		}
+		if id == 0 {
+			continue
+		}
+		if err := os.Rename(pin, filepath.Join(root(bpffs), fmt.Sprintf("%s%d", orphanPrefix, id))); err != nil {
+			return err
+		}
 	}
-	return os.Rename(pin, filepath.Join(root(bpffs), fmt.Sprintf("%s%d", orphanPrefix, id)))
+	return nil
 }
 
-// sweepOrphans detaches guards whose last socket is gone, and returns how many
-// are left. A guard's program leads to its sockhash.
+// sweepOrphans detaches guards whose last socket is gone, and returns how many sockets
+// the others guard. A guard's programs lead to its sockhash.
 func sweepOrphans(bpffs string) (left uint64, err error) {
 	entries, err := os.ReadDir(root(bpffs))
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		return 0, fmt.Errorf("look for splice guards: %w", err)
 	}
 	var errs []error
+	sockhashes := map[ebpf.MapID]uint64{} // each has several programs
 	for _, e := range entries {
 		if !strings.HasPrefix(e.Name(), orphanPrefix) {
 			continue
 		}
 		path := filepath.Join(root(bpffs), e.Name())
-		if n := guarded(path); n > 0 {
-			left += n
+		if socks, n := guarded(path); n > 0 {
+			sockhashes[socks] = n
 			continue
 		}
 		if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
 			errs = append(errs, fmt.Errorf("detach a splice guard: %w", err))
 		}
 	}
+	for _, n := range sockhashes {
+		left += n
+	}
 	return left, errors.Join(errs...)
 }
 
-// guarded is how many sockets the guard of a pinned link guards, at least 1 where
-// that cannot be told.
-func guarded(path string) uint64 {
+// guarded is how many sockets the guard of a pinned link guards, and their sockhash; at
+// least 1, of sockhash 0, where that cannot be told.
+func guarded(path string) (ebpf.MapID, uint64) {
 	const unknown = 1
 	id, err := linkProgram(path)
 	if err != nil {
-		return unknown
+		return 0, unknown
 	}
 	prog, err := ebpf.NewProgramFromID(id)
 	if err != nil {
-		return unknown
+		return 0, unknown
 	}
 	defer prog.Close()
 	info, err := prog.Info()
 	if err != nil {
-		return unknown
+		return 0, unknown
 	}
 	ids, _ := info.MapIDs()
 	for _, id := range ids {
 		m, err := ebpf.NewMapFromID(id)
 		if err != nil {
-			return unknown
+			return 0, unknown
 		}
 		n := uint64(0)
 		if m.Type() == ebpf.SockHash {
@@ -479,10 +576,10 @@ func guarded(path string) uint64 {
 		}
 		m.Close()
 		if n > 0 {
-			return n
+			return id, n
 		}
 	}
-	return 0
+	return 0, 0
 }
 
 // members counts the sockets of a sockhash.

@@ -56,6 +56,11 @@ func splicer() error {
 	fmt.Println("ready")
 	for in := bufio.NewScanner(os.Stdin); in.Scan(); {
 		err = raw.Control(func(fd uintptr) {
+			if in.Text() == "ulp" {
+				// One that no kernel has.
+				fmt.Println(unix.SetsockoptString(int(fd), unix.IPPROTO_TCP, unix.TCP_ULP, "skipstack"))
+				return
+			}
 			_, err := unix.Splice(int(fd), nil, pipe[1], nil, 10, unix.SPLICE_F_NONBLOCK)
 			fmt.Println(err)
 		})
@@ -106,16 +111,22 @@ func (p *spliced) line() string {
 }
 
 // splice lets it splice and returns the error.
-func (p *spliced) splice() string {
+func (p *spliced) splice() string { return p.tell("splice") }
+
+// ulp lets it attach a ULP and returns the error.
+func (p *spliced) ulp() string { return p.tell("ulp") }
+
+func (p *spliced) tell(what string) string {
 	p.t.Helper()
-	fmt.Fprintln(p.in)
+	fmt.Fprintln(p.in, what)
 	return p.line()
 }
 
-func (p *spliced) want(when string, err error) {
+// wantRefused checks that the guard refuses.
+func (p *spliced) wantRefused(when string) {
 	p.t.Helper()
-	if got := p.splice(); got != err.Error() {
-		p.t.Errorf("%s: splice: %s, want %v", when, got, err)
+	if got := [guardHooks]string{p.splice(), p.ulp()}; got != [guardHooks]string{unix.EINVAL.Error(), unix.EINVAL.Error()} {
+		p.t.Errorf("%s: splice and ULP: %q, want %v", when, got, unix.EINVAL)
 	}
 }
 
@@ -196,8 +207,8 @@ func (s *guardSite) wantGuard(when string, attached bool) {
 	s.check(err)
 	ctl, err := s.control()
 	s.check(err)
-	if risk := ctl.Risks&uint32(RiskSplice) != 0; (running != 0) != attached || risk == attached {
-		s.t.Errorf("%s: attached %v, the gate knows of the risk: %v; want %v, %v", when, running != 0, risk, attached, !attached)
+	if risk := ctl.Risks&uint32(RiskSplice) != 0; running.all() != attached || running.any() != attached || risk == attached {
+		s.t.Errorf("%s: attached %v, the gate knows of the risk: %v; want %v, %v", when, running, risk, attached, !attached)
 	}
 }
 
@@ -230,9 +241,14 @@ func (s *guardSite) swept(what string, holds func() bool) {
 	})
 }
 
+// linkPinned tells if any of the guard's links is pinned.
 func (s *guardSite) linkPinned() bool {
-	_, err := os.Stat(s.guardPins().path("link"))
-	return err == nil
+	for _, path := range s.guardPins().paths("link") {
+		if _, err := os.Stat(path); err == nil {
+			return true
+		}
+	}
+	return false
 }
 
 // The guard comes with the first pod and goes when the last pod and the last socket
@@ -247,12 +263,12 @@ func TestGuardComesAndGoes(t *testing.T) {
 		s.attachPod()
 		s.wantGuard("with a pod", true)
 		p := startSplicer(s.t, s.cgroup)
-		p.want("with a pod", unix.EINVAL)
+		p.wantRefused("with a pod")
 		s.wantRefused("with a pod", 1)
 		s.check(DropPod(s.bpffs, s.id))
 		s.check(Sweep(s.bpffs, 0))
 		s.wantGuard("the pod is gone, its socket lives", true)
-		p.want("the pod is gone", unix.EINVAL)
+		p.wantRefused("the pod is gone")
 		p.stop()
 		s.swept("the guard is gone", func() bool { return !s.linkPinned() })
 		s.wantGuard("all is gone", false)
@@ -268,26 +284,30 @@ func TestGuardComesAndGoes(t *testing.T) {
 	})
 }
 
-// Somebody removes the guard's pin: it is attached again, and what happens
-// meanwhile is known.
+// Somebody removes a pin of the guard: what was pinned is attached again, and what
+// happens meanwhile is known.
 func TestGuardIsRepaired(t *testing.T) {
 	eachGuard(t, func(s *guardSite) {
 		s.attachPod()
 		p := startSplicer(s.t, s.cgroup)
-		s.check(os.Remove(s.guardPins().path("link")))
-		if n, err := s.Node(); err != nil || n.Risks != RiskSplice {
-			s.t.Errorf("without its link: %+v, %v", n, err)
-		}
-		// The kernel lets go of what is unpinned a little later.
-		s.eventually("splice is not refused", func() bool { return p.splice() == unix.EAGAIN.Error() })
-		s.check(Sweep(s.bpffs, 0))
-		s.wantGuard("swept", true)
-		p.want("swept", unix.EINVAL)
+		for hook, link := range s.guardPins().paths("link") {
+			s.check(os.Remove(link))
+			if n, err := s.Node(); err != nil || n.Risks != RiskSplice {
+				s.t.Errorf("without %s: %+v, %v", link, n, err)
+			}
+			// The kernel lets go of what is unpinned a little later.
+			s.eventually("it is not refused", func() bool {
+				return [guardHooks]string{p.splice(), p.ulp()}[hook] == [guardHooks]unix.Errno{unix.EAGAIN, unix.ENOENT}[hook].Error()
+			})
+			s.check(Sweep(s.bpffs, 0))
+			s.wantGuard("swept", true)
+			p.wantRefused("swept")
 
-		s.check(os.Remove(s.guardPins().path("link")))
-		s.attachPod()
-		s.wantGuard("attached again", true)
-		p.want("attached again", unix.EINVAL)
+			s.check(os.Remove(link))
+			s.attachPod()
+			s.wantGuard("attached again", true)
+			p.wantRefused("attached again")
+		}
 		p.stop()
 	})
 }
@@ -303,7 +323,7 @@ func TestGuardIsNoLongerWanted(t *testing.T) {
 		if n, err := s.Node(); err != nil || n != off {
 			s.t.Errorf("%+v, %v, want %+v", n, err, off)
 		}
-		p.want("no longer wanted", unix.EINVAL)
+		p.wantRefused("no longer wanted")
 		if n, err := s.Enrolled(); err != nil || n != 2 {
 			s.t.Errorf("%d sockets are enrolled, %v", n, err)
 		}
@@ -332,7 +352,7 @@ func TestGuardIsUpgraded(t *testing.T) {
 		p := startSplicer(s.t, s.cgroup)
 		old, err := s.guardPins().attached()
 		s.check(err)
-		p.want("with a pod", unix.EINVAL)
+		p.wantRefused("with a pod")
 		ctl, err := s.control()
 		s.check(err)
 		ctl.Build = [16]byte{1}
@@ -341,18 +361,23 @@ func TestGuardIsUpgraded(t *testing.T) {
 		s.check(err)
 		defer fresh.Close()
 		now, err := s.guardPins().attached()
-		if err != nil || !changed || now == 0 || now == old {
-			s.t.Errorf("program %d replaced by %d, %v", old, now, err)
+		if err != nil || !changed {
+			s.t.Errorf("changed: %v, %v", changed, err)
 		}
-		s.eventually("the old guard is gone", func() bool {
-			prog, err := ebpf.NewProgramFromID(old)
-			prog.Close()
-			return errors.Is(err, os.ErrNotExist)
-		})
+		for hook, id := range old {
+			if now[hook] == 0 || now[hook] == id {
+				s.t.Errorf("program %d replaced by %d", id, now[hook])
+			}
+			s.eventually("the old guard is gone", func() bool {
+				prog, err := ebpf.NewProgramFromID(id)
+				prog.Close()
+				return errors.Is(err, os.ErrNotExist)
+			})
+		}
 		s.wantGuard("upgraded", true)
-		p.want("upgraded", unix.EINVAL)
+		p.wantRefused("upgraded")
 		s.wantRefused("upgraded", 2)
-		want := []string{string(s.form), "link", "refused"}
+		want := []string{string(s.form), string(s.form) + "-ulp", "link", "link-ulp", "refused"}
 		slices.Sort(want)
 		entries, err := os.ReadDir(s.guardPins().path(""))
 		s.check(err)
@@ -376,14 +401,14 @@ func TestGuardOutlivesItsSet(t *testing.T) {
 		s.check(os.Remove(filepath.Join(s.dir, "maps", bpf.DatapathMapPods)))
 		s.Close()
 		s.load()
-		p.want("damaged and loaded anew", unix.EINVAL)
+		p.wantRefused("damaged and loaded anew")
 		s.check(Sweep(s.bpffs, 0))
-		p.want("swept", unix.EINVAL)
+		p.wantRefused("swept")
 		left, err := Unload(s.t.Context(), s.bpffs, false)
 		if err != nil || left.Sockets == 0 {
 			s.t.Errorf("unloaded: %+v, %v", left, err)
 		}
-		p.want("unloaded", unix.EINVAL)
+		p.wantRefused("unloaded")
 		p.stop()
 		s.swept("the guard is gone", func() bool {
 			return !slices.ContainsFunc(tree(s.t, s.bpffs), func(pin string) bool { return strings.Contains(pin, orphanPrefix) })
@@ -400,7 +425,7 @@ func TestGuardIsUnloaded(t *testing.T) {
 		if err != nil || left.Sockets != 2 {
 			s.t.Errorf("%+v, %v", left, err)
 		}
-		p.want("unloaded by force", unix.EINVAL)
+		p.wantRefused("unloaded by force")
 		p.stop()
 		s.swept("nothing is pinned", func() bool {
 			left, err := Unload(s.t.Context(), s.bpffs, false)

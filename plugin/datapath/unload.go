@@ -91,9 +91,9 @@ func (p pinned) unload() (sockets uint64, err error) {
 	for _, id := range parked {
 		sockets += p.live(id)
 	}
-	running, err := linkProgram(guardPins{dir: p.dir}.path("link"))
+	running, err := guardPins{dir: p.dir}.attached()
 	errs = append(errs, err)
-	if sockets == 0 && running != 0 && p.socks != nil {
+	if sockets == 0 && running.any() && p.socks != nil {
 		// Those whose pods' cgroups went first do not count as live.
 		sockets = members(p.socks)
 	}

@@ -73,7 +73,7 @@ var kinds = []struct {
 	{name: ProbeCharged, risk: datapath.RiskUncharged, concerns: "the whole node: a pod that does not read could fill its memory"},
 	{name: ProbeFIONREAD, risk: datapath.RiskFIONREAD, concerns: "what asks FIONREAD before it reads: nginx, Java, .NET"},
 	{name: ProbeEpoll, risk: datapath.RiskEpoll, concerns: "event loops: nginx, Envoy, Go, Node.js, Netty, Redis"},
-	{name: ProbeSplice, risk: datapath.RiskSplice, concerns: "proxies that splice: HAProxy, Go's io.Copy between TCP connections"},
+	{name: ProbeSplice, risk: datapath.RiskSplice, concerns: "proxies that splice: HAProxy, Go's io.Copy between TCP connections; and kTLS"},
 	{name: ProbeMPTCP, concerns: "MPTCP listeners, such as Go's by default: else they are plain"},
 }
 

@@ -30,10 +30,10 @@ var (
 	unguarded = &condition{"where splice(2) cannot be guarded", func(k kernel) bool { return k.Risks&datapath.RiskSplice != 0 }}
 	guarded   = &condition{"where splice(2) is guarded", func(k kernel) bool { return k.Risks&datapath.RiskSplice == 0 }}
 	// Kernels without kTLS refuse to attach it to any socket.
-	refusesKeys = &condition{text: "on some kernels (seen on 6.12.117)"}
-	funnelled   = &condition{"where FIONREAD needs the funnel (see datapath.md)", func(k kernel) bool { return k.Funnel }}
-	always      = &condition{"everywhere", func(kernel) bool { return true }}
-	uncounted   = &condition{"where FIONREAD does not count redirected bytes", func(k kernel) bool { return k.Risks&datapath.RiskFIONREAD != 0 }}
+	refusesTLS = &condition{text: "where splice(2) is guarded, and on some other kernels (seen on 6.12.117)"}
+	funnelled  = &condition{"where FIONREAD needs the funnel (see datapath.md)", func(k kernel) bool { return k.Funnel }}
+	always     = &condition{"everywhere", func(kernel) bool { return true }}
+	uncounted  = &condition{"where FIONREAD does not count redirected bytes", func(k kernel) bool { return k.Risks&datapath.RiskFIONREAD != 0 }}
 )
 
 // Reasons that explain several deviations.
@@ -43,6 +43,8 @@ const (
 	copiesAlways = "`sk_msg_recvmsg()` copies what is queued and knows of no flag but MSG_PEEK"
 	noTarget     = "`sk_msg_recvmsg()` returns what is queued; only `tcp_recvmsg_locked()` has a target (`sock_rcvlowat()`)"
 	noSegments   = "redirected bytes are queued on the socket by `bpf_tcp_ingress()`, never in a segment"
+	noTLS        = "setsockopt(2) refuses TCP_ULP, or the keys, with EINVAL, and TLS libraries go on in user space"
+	tlsTakes     = "the tls module takes redirected bytes for decrypted ones, so the splice guard refuses it; newer kernels take no keys for a socket that is in a sockmap"
 	noControl    = "`tcp_bpf_recvmsg()` and `tcp_bpf_recvmsg_parser()` return no control data; `tcp_recvmsg()` does, by `tcp_recv_timestamp()` and `put_cmsg()`"
 )
 
@@ -207,16 +209,23 @@ var deviations = []deviation{
 	},
 	{
 		name:     "kTLS",
-		differs:  "setsockopt(2) refuses the keys with EINVAL, and TLS libraries go on in user space",
-		why:      "the tls module takes no keys for a socket that is in a sockmap",
-		where:    refusesKeys,
+		differs:  noTLS,
+		why:      tlsTakes,
+		where:    refusesTLS,
 		switched: always,
 	},
 	{
 		name:     "kTLS on a connection in use",
-		differs:  "setsockopt(2) refuses the keys with EINVAL, and TLS libraries go on in user space",
-		why:      "the tls module takes no keys for a socket that is in a sockmap",
-		where:    refusesKeys,
+		differs:  noTLS,
+		why:      tlsTakes,
+		where:    refusesTLS,
+		switched: always,
+	},
+	{
+		name:     "kTLS at the receiver",
+		differs:  noTLS,
+		why:      tlsTakes,
+		where:    refusesTLS,
 		switched: always,
 	},
 	{

@@ -2,10 +2,13 @@ package conformance
 
 import (
 	"bytes"
+	"crypto/aes"
+	"crypto/cipher"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -153,6 +156,20 @@ var options = []behaviour{
 		a.warm()
 		tls(c, a)
 	}},
+	{name: "kTLS at the receiver", does: "the tls ULP attached on one side, with keys to receive; the other side encrypts in user space", run: func(c *trial) {
+		a, b := c.pair()
+		a.warm()
+		if !attachTLS(c, b, tlsRX) {
+			return
+		}
+		record := tlsRecord(c, bytesAt(0, 1000))
+		n, err := unix.Write(a.fd, record)
+		c.note("a record of %d bytes: %s", len(record), outcome(n, err))
+		b.await(unix.POLLIN)
+		buf := make([]byte, 2000)
+		n, err = unix.Read(b.fd, buf)
+		c.note("%s, decrypted: %t", outcome(n, err), bytes.Equal(buf[:max(n, 0)], bytesAt(0, 1000)))
+	}},
 }
 
 func kTLS(c *trial) {
@@ -160,21 +177,29 @@ func kTLS(c *trial) {
 	tls(c, a)
 }
 
+// Of setsockopt(2): include/linux/socket.h, include/uapi/linux/tls.h.
+const solTLS, tlsTX, tlsRX = 282, 1, 2
+
+// attachTLS attaches kTLS, with keys for some directions, unless the kernel refuses.
+func attachTLS(c *trial, e *end, directions ...int) bool {
+	if err := unix.SetsockoptString(e.fd, unix.IPPROTO_TCP, unix.TCP_ULP, "tls"); err != nil {
+		c.note("TCP_ULP: %s", errName(err))
+		return false
+	}
+	for _, dir := range directions {
+		if err := unix.SetsockoptString(e.fd, solTLS, dir, string(tlsKeys)); err != nil {
+			c.note("keys for direction %d: %s", dir, errName(err))
+			return false
+		}
+	}
+	return true
+}
+
 // tls attaches kTLS at both ends and sends records both ways.
 func tls(c *trial, a *end) {
-	const solTLS, tlsTX, tlsRX = 282, 1, 2
 	b := a.peer
-	for i, e := range []*end{a, b} {
-		if err := unix.SetsockoptString(e.fd, unix.IPPROTO_TCP, unix.TCP_ULP, "tls"); err != nil {
-			c.note("TCP_ULP: %s", errName(err))
-			return
-		}
-		for _, dir := range []int{tlsTX, tlsRX} {
-			if err := unix.SetsockoptString(e.fd, solTLS, dir, string(tlsKeys)); err != nil {
-				c.note("keys of end %d, direction %d: %s", i, dir, errName(err))
-				return
-			}
-		}
+	if !attachTLS(c, a, tlsTX, tlsRX) || !attachTLS(c, b, tlsTX, tlsRX) {
+		return
 	}
 	for _, e := range []*end{a, b} {
 		e.write(20_000)
@@ -186,11 +211,34 @@ func tls(c *trial, a *end) {
 // tlsKeys is struct tls12_crypto_info_aes_gcm_128, the same in both directions.
 var tlsKeys = func() []byte {
 	const tls12, aesGCM128 = 0x0303, 51
-	var b bytes.Buffer
-	_ = binary.Write(&b, binary.NativeEndian, []uint16{tls12, aesGCM128})
-	b.Write(bytes.Repeat([]byte{1}, 8+16+4+8)) // iv, key, salt, sequence number
-	return b.Bytes()
+	b := binary.NativeEndian.AppendUint16(nil, tls12)
+	b = binary.NativeEndian.AppendUint16(b, aesGCM128)
+	for _, field := range [][]byte{tlsNonce, tlsKey, tlsSalt, tlsSequence} {
+		b = append(b, field...)
+	}
+	return b
 }()
+
+var (
+	tlsNonce    = bytes.Repeat([]byte{1}, 8)
+	tlsKey      = bytes.Repeat([]byte{2}, 16)
+	tlsSalt     = bytes.Repeat([]byte{3}, 4)
+	tlsSequence = bytes.Repeat([]byte{4}, 8)
+)
+
+// tlsRecord is the first record that is sent with tlsKeys, as TLS 1.2 has it: RFC 5246,
+// section 6.2.3.3, and RFC 5288, section 3.
+func tlsRecord(c *trial, plain []byte) []byte {
+	block, err := aes.NewCipher(tlsKey)
+	c.check(err)
+	gcm, err := cipher.NewGCM(block)
+	c.check(err)
+	header := []byte{23, 3, 3} // application data
+	size := len(tlsNonce) + len(plain) + gcm.Overhead()
+	authenticated := binary.BigEndian.AppendUint16(append(slices.Clone(tlsSequence), header...), uint16(len(plain)))
+	record := append(binary.BigEndian.AppendUint16(header, uint16(size)), tlsNonce...)
+	return gcm.Seal(record, append(slices.Clone(tlsSalt), tlsNonce...), plain, authenticated)
+}
 
 func (e *end) keepalive(idle, interval, probes int) {
 	e.set(unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, idle)

@@ -56,7 +56,7 @@ func (r *Report) Print(w io.Writer) error {
 		m := r.Memory
 		p.wide("maps and programs", "%s, whether or not there are connections", size(m.Maps+m.Programs))
 		p.wide("each connection", "%s beyond what TCP takes, as measured with %d", size(m.Connection), m.Measured)
-		p.wide(fmt.Sprintf("with %d", m.MaxConnections), "%s at most (maxConnections); unread bytes are charged to their receivers", size(m.Maximum))
+		p.wide(fmt.Sprintf("with %d", m.MaxConnections), "%s at most (maxConnections); unread bytes are charged to their receivers, what queued messages cost beyond them is bounded by tcp_mem", size(m.Maximum))
 	} else {
 		why := r.MemoryError
 		if why == "" {
