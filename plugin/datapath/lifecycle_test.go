@@ -75,7 +75,8 @@ func TestEnsureBPFFSMountsOnce(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	mounts, err := os.ReadFile("/proc/self/mounts")
+	// The first thread, /proc/self, may be one that another test has unshared.
+	mounts, err := os.ReadFile("/proc/thread-self/mounts")
 	if err != nil {
 		t.Fatal(err)
 	}

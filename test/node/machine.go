@@ -181,7 +181,7 @@ func leftProcesses() ([]string, error) {
 
 // leftThreads lists threads of this process that stayed in a node's network namespace.
 func leftThreads() ([]string, error) {
-	home, err := os.Readlink("/proc/self/ns/net")
+	home, err := os.Readlink("/proc/thread-self/ns/net") // the first thread, /proc/self, may be what is left
 	if err != nil {
 		return nil, fmt.Errorf("read the network namespace: %w", err)
 	}
@@ -219,7 +219,7 @@ func leftCgroups() ([]string, error) {
 
 // mounts lists the mounts of this namespace: id, mount point and file system.
 func mounts() ([]string, error) {
-	info, err := os.ReadFile("/proc/self/mountinfo")
+	info, err := os.ReadFile("/proc/thread-self/mountinfo") // the first thread, /proc/self, may have unshared
 	if err != nil {
 		return nil, fmt.Errorf("list mounts: %w", err)
 	}
