@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"syscall"
+	"time"
 
 	"github.com/containernetworking/cni/libcni"
 	"github.com/containernetworking/cni/pkg/invoke"
@@ -162,6 +163,10 @@ type pluginExec struct {
 	version.PluginDecoder
 }
 
+// streamsDelay is how long processes that a plugin has started may hold its standard
+// streams when it has ended, or was killed.
+const streamsDelay = 3 * time.Second
+
 func (e *pluginExec) FindInPath(plugin string, paths []string) (string, error) {
 	return invoke.FindInPath(plugin, paths)
 }
@@ -171,9 +176,13 @@ func (e *pluginExec) ExecPlugin(ctx context.Context, path string, stdin []byte, 
 	cmd := exec.CommandContext(ctx, path)
 	cmd.Env, cmd.Stdin, cmd.Stdout, cmd.Stderr = environ, bytes.NewReader(stdin), &stdout, &stderr
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: unix.SIGKILL}
+	cmd.WaitDelay = streamsDelay
 	err := e.node.Do(cmd.Start)
 	if err == nil {
 		err = cmd.Wait()
+	}
+	if errors.Is(err, exec.ErrWaitDelay) {
+		err = nil // the plugin itself has succeeded
 	}
 	if _, logErr := e.node.log.Write(stderr.Bytes()); err == nil && logErr != nil {
 		return nil, fmt.Errorf("log of plugin %s: %w", path, logErr)

@@ -452,6 +452,55 @@ func TestVerbs(t *testing.T) {
 	}
 }
 
+// TestAddIsInterrupted: an interrupted ADD does not wait for what the plugin has started.
+func TestAddIsInterrupted(t *testing.T) {
+	dir := t.TempDir()
+	script := "#!/bin/sh\n[ $CNI_COMMAND = ADD ] || exit 0\nsleep 1000 &\necho $! > " + dir + "/new && mv " + dir + "/new " + dir + "/child\nwait\n"
+	if err := os.WriteFile(filepath.Join(dir, "slow"), []byte(script), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	n := node.ForTest(t, node.Options{PluginDirs: []string{dir}})
+	list, err := n.Conflist([]byte(`{"cniVersion": "1.0.0", "name": "x", "plugins": [{"type": "slow"}]}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := n.NewPod("pod", node.PodOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	added := make(chan error, 1)
+	go func() {
+		_, err := p.Add(ctx, list, node.IfName)
+		added <- err
+	}()
+	var child int
+	for deadline := time.Now().Add(time.Minute); child == 0; time.Sleep(5 * time.Millisecond) {
+		if text, err := os.ReadFile(filepath.Join(dir, "child")); err == nil {
+			if _, err := fmt.Sscan(string(text), &child); err != nil {
+				t.Fatal(err)
+			}
+		} else if time.Now().After(deadline) {
+			t.Fatal(err)
+		}
+	}
+	cancel()
+	kill := func() error { return unix.Kill(child, unix.SIGKILL) }
+	select {
+	case err := <-added:
+		if err == nil {
+			t.Error("an interrupted ADD succeeds")
+		}
+		if err := kill(); err != nil {
+			t.Error(err)
+		}
+	case <-time.After(2 * time.Minute):
+		t.Errorf("ADD still waits (%v)", kill())
+		<-added
+	}
+}
+
 func TestConflist(t *testing.T) {
 	const file = `{"cniVersion": "1.0.0", "name": "x", "plugins": [
 		{"type": "bridge", "ipam": {"type": "host-local", "subnet": "10.1.0.0/24"}},

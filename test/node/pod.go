@@ -60,7 +60,7 @@ type Pod struct {
 type attached struct {
 	list   *libcni.NetworkConfigList
 	ifName string
-	result *types100.Result
+	result *types100.Result // nil: ADD failed, and so did its DEL
 }
 
 // NewPod makes a pod's network namespace and cgroups, as a kubelet and a container
@@ -152,7 +152,8 @@ func (p *Pod) RuntimeConf(ifName string) *libcni.RuntimeConf {
 }
 
 // Add attaches the pod to a network (CNI ADD). What fails is deleted
-// again, as runtimes do. Errors of plugins are *types.Error.
+// again, as runtimes do; where that fails too, Close tries once more on a node of [Here].
+// Errors of plugins are *types.Error.
 func (p *Pod) Add(ctx context.Context, list *libcni.NetworkConfigList, ifName string) (*types100.Result, error) {
 	if err := p.note(list, ifName); err != nil {
 		return nil, err
@@ -166,12 +167,20 @@ func (p *Pod) Add(ctx context.Context, list *libcni.NetworkConfigList, ifName st
 	if err != nil {
 		clean, cancel := context.WithTimeout(context.WithoutCancel(ctx), closeTimeout)
 		defer cancel()
-		return nil, errors.Join(fmt.Errorf("add pod %s to network %s: %w", p.Name, list.Name, err), p.Del(clean, list, ifName))
+		delErr := p.Del(clean, list, ifName)
+		if delErr != nil && p.node.journal { // the machine keeps what ADD did
+			p.keep(attached{list, ifName, nil})
+		}
+		return nil, errors.Join(fmt.Errorf("add pod %s to network %s: %w", p.Name, list.Name, err), delErr)
 	}
-	p.mu.Lock()
-	p.attached = append(p.attached, attached{list, ifName, result})
-	p.mu.Unlock()
+	p.keep(attached{list, ifName, result})
 	return result, nil
+}
+
+func (p *Pod) keep(a attached) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.attached = append(p.attached, a)
 }
 
 // Del detaches the pod from a network (CNI DEL), attached or not.
@@ -201,7 +210,7 @@ func (n *Node) GC(ctx context.Context, list *libcni.NetworkConfigList, valid ...
 	for _, p := range valid {
 		p.mu.Lock()
 		for _, a := range p.attached {
-			if a.list.Name == list.Name {
+			if a.list.Name == list.Name && a.result != nil {
 				keep = append(keep, types.GCAttachment{ContainerID: p.ID, IfName: a.ifName})
 			}
 		}
@@ -218,6 +227,9 @@ func (p *Pod) Addr(ipv6 bool) (addr netip.Addr, ok bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for _, a := range p.attached {
+		if a.result == nil {
+			continue
+		}
 		for _, ip := range a.result.IPs {
 			if addr, ok := netip.AddrFromSlice(ip.Address.IP); ok && addr.Unmap().Is6() == ipv6 {
 				return addr.Unmap(), true

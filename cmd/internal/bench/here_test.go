@@ -8,12 +8,14 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/skipstack/skipstack/plugin"
 	"github.com/skipstack/skipstack/plugin/attachment"
 	"github.com/skipstack/skipstack/test/node"
 )
@@ -178,6 +180,89 @@ func TestHereKilled(t *testing.T) {
 		t.Errorf("the next: %v\n%s", err, out)
 	}
 	clean(t, n, leases)
+}
+
+// TestHereFailedDelete: where ADD fails or is interrupted and DEL fails too, the bench says
+// that something is left, and the next one removes it.
+func TestHereFailedDelete(t *testing.T) {
+	for _, c := range []struct{ name, add, want string }{
+		{"ADD fails", "exit 1", "add pod server"},
+		{"ADD is interrupted", "echo > $(dirname $0)/adding; exec sleep 1000", "interrupted: nothing is proven\n"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			conflist, n, leases := machine(t, "auto")
+			dir := addPlugin(t, conflist, c.add, "exit 1")
+			cmd := program(hereArgs(conflist, "--cni-path="+dir)...)
+			var said bytes.Buffer
+			cmd.Stdout, cmd.Stderr = &said, &said
+			if err := cmd.Start(); err != nil {
+				t.Fatal(err)
+			}
+			if strings.Contains(c.add, "adding") {
+				eventually(t, "ADD is under way", func() error {
+					_, err := os.Stat(filepath.Join(dir, "adding"))
+					return err
+				})
+				_ = cmd.Process.Signal(unix.SIGINT)
+			}
+			_ = cmd.Wait()
+			out := said.String()
+			if code := cmd.ProcessState.ExitCode(); code != ExitNotProven || !strings.Contains(out, c.want) || !strings.Contains(out, node.ErrLeftover.Error()) || strings.Contains(out, "is removed") {
+				t.Errorf("exit code %d\n%s", code, out)
+			}
+			if left, err := filepath.Glob(filepath.Join(hereDir, "*/attachment-*")); err != nil || len(left) != 1 {
+				t.Errorf("records: %v, %v", left, err)
+			}
+			if left, err := filepath.Glob(filepath.Join(leases, "users/10.99.0.*")); err != nil || len(left) != 1 {
+				t.Errorf("leases: %v, %v", left, err)
+			}
+
+			writePlugin(t, dir, "exit 1", "exit 0")
+			cmd = program(hereArgs(conflist, "--cni-path="+dir)...)
+			if next, err := cmd.CombinedOutput(); err == nil || bytes.Contains(next, []byte(node.ErrLeftover.Error())) {
+				t.Errorf("the next: %v\n%s", err, next)
+			}
+			clean(t, n, leases)
+		})
+	}
+}
+
+// addPlugin puts a plugin between the two of a conflist. The directory that it returns has
+// all of them.
+func addPlugin(t *testing.T, conflist, add, del string) (dir string) {
+	t.Helper()
+	dir = t.TempDir()
+	for _, name := range append([]string{plugin.Type}, chainPlugins...) {
+		if err := os.Symlink(filepath.Join(node.ProgramDir(), name), filepath.Join(dir, name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	writePlugin(t, dir, add, del)
+	raw, err := os.ReadFile(conflist)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var list map[string]any
+	if err = json.Unmarshal(raw, &list); err == nil {
+		plugins := list["plugins"].([]any)
+		list["plugins"] = slices.Insert(plugins, 1, any(map[string]any{"type": "odd"}))
+		raw, err = json.Marshal(list)
+	}
+	if err == nil {
+		err = os.WriteFile(conflist, raw, 0o600)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
+func writePlugin(t *testing.T, dir, add, del string) {
+	t.Helper()
+	script := "#!/bin/sh\ncase $CNI_COMMAND in\nADD) " + add + ";;\nDEL) " + del + ";;\nVERSION) echo '{\"cniVersion\":\"1.0.0\",\"supportedVersions\":[\"1.0.0\"]}';;\nesac\n"
+	if err := os.WriteFile(filepath.Join(dir, "odd"), []byte(script), 0o700); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // TestHereClosedPipe: nobody reads on what the bench says, as with head(1).

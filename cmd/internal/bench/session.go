@@ -120,8 +120,10 @@ func (o options) session(ctx context.Context, c Config, s site, err error) (*Rep
 // verdict makes the command's outcome of what was measured and what failed.
 func (o options) verdict(ctx context.Context, report *Report, err error) error {
 	switch {
-	case ctx.Err() != nil:
-		return &ExitError{ExitNotProven, errors.Join(errors.New("interrupted: nothing is proven, and what was created is removed"), onlyLeftover(err))}
+	case ctx.Err() != nil && errors.Is(err, node.ErrLeftover):
+		return &ExitError{ExitNotProven, errors.Join(errors.New("interrupted: nothing is proven"), err)}
+	case ctx.Err() != nil: // which causes errors everywhere
+		return &ExitError{ExitNotProven, errors.New("interrupted: nothing is proven, and what was created is removed")}
 	case errors.Is(err, errNotAllowed):
 		return &ExitError{ExitNotAllowed, err}
 	case err != nil:
@@ -130,14 +132,6 @@ func (o options) verdict(ctx context.Context, report *Report, err error) error {
 		return &ExitError{ExitNotProven, errors.New("the bypass is not proven")}
 	case o.check && len(report.slower(o.minSpeedup)) > 0:
 		return &ExitError{ExitNotProven, fmt.Errorf("at %d of %s skipstack is slower than %.2f times plain TCP", len(report.slower(o.minSpeedup)), pointsCount(len(report.Points)), o.minSpeedup)}
-	}
-	return nil
-}
-
-// onlyLeftover hides errors that an interruption causes everywhere.
-func onlyLeftover(err error) error {
-	if errors.Is(err, node.ErrLeftover) {
-		return err
 	}
 	return nil
 }
