@@ -92,6 +92,7 @@ func TestUsageErrors(t *testing.T) {
 		{args: []string{"--conflist=" + conflist(`{"cniVersion":"1.0.0","name":"n","plugins":[{"type":"bridge","ipam":{"type":"oracle"}},{"type":"skipstack"}]}`), path}, want: "no CNI plugin oracle"},
 		{args: []string{"--conflist=" + conflist(`{"cniVersion":"1.0.0","name":"n","type":"skipstack"}`), path}, want: "not a list of plugins"},
 		{args: []string{"--conflist=" + conflist(`plugins`), path}, want: "conflist"},
+		{args: []string{"--quick", "--paths=pod,service", "--check", "--conflist=" + conflist(`{"cniVersion":"1.0.0","name":"n","plugins":[{"type":"skipstack"}]}`), path}, want: "--paths service cannot be measured with --conflist"},
 		{args: []string{"--quick", path, "--speed=9"}, want: "unknown flag"},
 		{args: []string{"--quick", path, "argument"}, want: "argument"},
 		{args: []string{"--quick", path}, nobody: true, want: "needs root"},

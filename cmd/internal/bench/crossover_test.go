@@ -2,7 +2,11 @@ package bench
 
 import (
 	"bytes"
+	"errors"
+	"fmt"
+	"io"
 	"math"
+	"net/netip"
 	"strings"
 	"testing"
 )
@@ -77,6 +81,44 @@ func TestCheck(t *testing.T) {
 	}
 	r.Points[0].Proof = Failed
 	if err := o.verdict(t.Context(), r, nil); err == nil || !strings.Contains(err.Error(), "not proven") {
+		t.Errorf("verdict %v", err)
+	}
+}
+
+// pathless is a site without any path.
+type pathless struct{ *loopbackSite }
+
+func (pathless) target(Path) (netip.Addr, error) {
+	return netip.Addr{}, fmt.Errorf("%w: the pods are far apart", errNoPath)
+}
+
+// TestPathMissing: a path that was named and turns out not to be there fails a check, and
+// nothing is said of points that were not measured.
+func TestPathMissing(t *testing.T) {
+	p := testRunner(t, newLoopbackSite(t)).parameters
+	p.Length = minLength
+	report, err := measureAll(t.Context(), pathless{newLoopbackSite(t)}, p, []Point{point(RequestResponse, 64, 64)}, io.Discard)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var o options
+	o.check, o.minSpeedup, o.selection.paths = true, 1, []Path{PodIP}
+	var b bytes.Buffer
+	if err := errors.Join(report.writeText(&b), o.writeCheck(report, &b)); err != nil {
+		t.Fatal(err)
+	}
+	if s := b.String(); !strings.Contains(s, "Nothing was measured.") || !strings.Contains(s, "path pod, which --paths names") || strings.Contains(s, "none of these") || strings.Contains(s, "no point") {
+		t.Errorf("%s", s)
+	}
+	if err := o.verdict(t.Context(), report, nil); err == nil || !strings.Contains(err.Error(), "nothing was measured") {
+		t.Errorf("verdict %v", err)
+	}
+	report.Points = streams(1.5)
+	if err := o.verdict(t.Context(), report, nil); err == nil || !strings.Contains(err.Error(), "could not be measured: pod") {
+		t.Errorf("verdict %v", err)
+	}
+	o.selection.paths = nil // the set has it, which is no promise
+	if err := o.verdict(t.Context(), report, nil); err != nil {
 		t.Errorf("verdict %v", err)
 	}
 }

@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -154,6 +155,11 @@ func (o options) checkMachine() (chain hereOptions, err error) {
 		return chain, fmt.Errorf("--cni-path %s: no such directory", o.cniPath)
 	}
 	if o.conflist != "" {
+		// Who names a path wants it measured; the set's own paths are left out where
+		// there are none.
+		if slices.Contains(o.selection.paths, ServiceIP) {
+			return chain, fmt.Errorf("--paths %s cannot be measured with --conflist: no NAT rules are added to a node in use; leave it out of --paths", ServiceIP)
+		}
 		return readChain(o.conflist, cniPath)
 	}
 	program, err := os.Executable()

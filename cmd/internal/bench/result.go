@@ -9,6 +9,8 @@ import "time"
 type Report struct {
 	Header Header   `json:"header"`
 	Points []Result `json:"points"`
+
+	missing []Path // that the site does not have
 }
 
 // Proven tells if every point's bypass is proven.

@@ -128,12 +128,21 @@ func (o options) verdict(ctx context.Context, report *Report, err error) error {
 		return &ExitError{ExitNotAllowed, err}
 	case err != nil:
 		return &ExitError{ExitNotProven, err}
+	case len(report.Points) == 0:
+		return &ExitError{ExitNotProven, errors.New("nothing was measured")}
 	case !report.Proven():
 		return &ExitError{ExitNotProven, errors.New("the bypass is not proven")}
+	case o.check && len(o.notMeasured(report)) > 0:
+		return &ExitError{ExitNotProven, fmt.Errorf("--paths names what could not be measured: %s", joined(o.notMeasured(report)))}
 	case o.check && len(report.slower(o.minSpeedup)) > 0:
 		return &ExitError{ExitNotProven, fmt.Errorf("at %d of %s skipstack is slower than %.2f times plain TCP", len(report.slower(o.minSpeedup)), pointsCount(len(report.Points)), o.minSpeedup)}
 	}
 	return nil
+}
+
+// notMeasured lists the paths that the user has named and the site does not have.
+func (o options) notMeasured(r *Report) []Path {
+	return slices.DeleteFunc(slices.Clone(r.missing), func(p Path) bool { return !slices.Contains(o.selection.paths, p) })
 }
 
 // errNoPath is returned where a site has no such path.
@@ -221,6 +230,7 @@ func (r *runner) leaveOut(p Point, report *Report) bool {
 func (r *runner) begin(ctx context.Context, path Path, report *Report) (missing bool, err error) {
 	if _, err := r.site.target(path); errors.Is(err, errNoPath) {
 		report.Header.LeftOut = append(report.Header.LeftOut, fmt.Sprintf("path %s: %v", path, err))
+		report.missing = append(report.missing, path)
 		fmt.Fprintf(r.log, "bench: path %s is left out: %v\n", path, err)
 		return true, nil
 	}

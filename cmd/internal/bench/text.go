@@ -77,6 +77,10 @@ func (r *Report) writeResults(b io.Writer, legend string) {
 	for _, left := range r.Header.LeftOut {
 		paragraph(b, "Left out: %s.", left)
 	}
+	if len(r.Points) == 0 {
+		fmt.Fprintln(b, "Nothing was measured.")
+		return
+	}
 	for _, s := range sections(r.Points) {
 		fmt.Fprintf(b, "\n%s\n", upperFirst(s.title()))
 		writeRates(b, s.points, r.Header.Parameters.Unix)
@@ -242,10 +246,15 @@ func (o options) writeCheck(r *Report, w io.Writer) error {
 		return nil
 	}
 	var b bytes.Buffer
-	if slower := r.slower(o.minSpeedup); len(slower) > 0 {
+	missing, slower := o.notMeasured(r), r.slower(o.minSpeedup)
+	for _, path := range missing {
+		fmt.Fprintf(&b, "CHECK FAILED: path %s, which --paths names, was not measured.\n", path)
+	}
+	if len(slower) > 0 {
 		fmt.Fprintf(&b, "CHECK FAILED: slower than %.2f times plain TCP:\n", o.minSpeedup)
 		writePoints(&b, slower)
-	} else {
+	}
+	if len(missing)+len(slower) == 0 && len(r.Points) > 0 {
 		fmt.Fprintf(&b, "Check: no point is slower than %.2f times plain TCP.\n", o.minSpeedup)
 	}
 	_, err := w.Write(b.Bytes())
