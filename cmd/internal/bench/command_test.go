@@ -134,6 +134,7 @@ func TestDisturbed(t *testing.T) {
 		{"the terminal goes away, which is said twice", "data verified", again(signalTo(unix.SIGHUP, true)), "interrupted"},
 		{"Ctrl-C while measuring", "data verified", signalTo(unix.SIGINT, true), "interrupted"},
 		{"worker killed", "data verified", killWorker, "signal: killed"},
+		{"the private node killed", "data verified", killPrivate, "the private node was killed (SIGKILL)"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			for tries := 1; !disturbed(t, c); tries++ {
@@ -220,15 +221,35 @@ func whileProbing(signal func(*testing.T, int) bool) func(*testing.T, int) bool 
 
 // killWorker kills a worker process.
 func killWorker(t *testing.T, _ int) bool {
-	pid := process(t, "\x00bench\x00worker\x00")
+	kill(t, process(t, "\x00bench\x00worker\x00"))
+	return true
+}
+
+// killPrivate kills the first process of the private node, the bench's only child.
+func killPrivate(t *testing.T, bench int) bool {
+	children, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", bench))
+	if err != nil {
+		t.Fatal(err)
+	}
+	pid := 0
+	for _, path := range children {
+		if text, err := os.ReadFile(path); err == nil && len(text) > 0 {
+			_, _ = fmt.Sscan(string(text), &pid)
+		}
+	}
+	kill(t, pid)
+	return true
+}
+
+func kill(t *testing.T, pid int) {
+	t.Helper()
 	if pid == 0 {
-		t.Error("no worker found")
-		return true
+		t.Error("no process to kill")
+		return
 	}
 	if err := unix.Kill(pid, unix.SIGKILL); err != nil && !errors.Is(err, unix.ESRCH) {
 		t.Error(err)
 	}
-	return true
 }
 
 // process returns the first process that it finds with such arguments, 0 if there is

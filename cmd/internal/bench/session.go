@@ -14,6 +14,8 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/skipstack/skipstack/plugin/datapath"
 	"github.com/skipstack/skipstack/test/node"
 )
@@ -54,6 +56,9 @@ func outside(ctx context.Context, c Config, o options, args []string) error {
 		return &ExitError{ExitUsage, err} // it did not begin
 	}
 	err = errors.Join(err, <-copied)
+	if said := lastWords(ctx, code); said != nil {
+		return &ExitError{ExitNotProven, errors.Join(said, err)}
+	}
 	if err == nil && result.Len() > 0 {
 		var report Report
 		if err = json.Unmarshal(result.Bytes(), &report); err == nil {
@@ -64,6 +69,21 @@ func outside(ctx context.Context, c Config, o options, args []string) error {
 		return nil
 	}
 	return &ExitError{max(code, ExitNotProven), err}
+}
+
+// lastWords says in place of the isolated bench why it ended, if a signal did that.
+func lastWords(ctx context.Context, code int) error {
+	const signalled = 128 // see node.Isolate
+	switch s := unix.Signal(code - signalled); {
+	case code <= signalled:
+		return nil
+	case ctx.Err() != nil:
+		return fmt.Errorf("interrupted: nothing is proven; the private node did not end in time and was killed (%v), what it had ended with it", s)
+	case s == unix.SIGKILL:
+		return errors.New("the private node was killed (SIGKILL): nothing is proven; if nobody did it, memory was short: the kernel log says so")
+	default:
+		return fmt.Errorf("the private node was ended by a signal (%v): nothing is proven", s)
+	}
 }
 
 // inside is the bench in its private namespaces.
