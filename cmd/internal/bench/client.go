@@ -115,10 +115,10 @@ func runClient(ctx context.Context, c Config, o clientOptions) error {
 	report, err := s.measure(ctx, Parameters{
 		Repeats: o.repeats, MaxPairs: o.maxPairs, WarmUp: 10 * time.Millisecond, Length: minLength, NonBlocking: true,
 	}, podPoints, c.ErrOut)
-	if err != nil {
+	if report == nil {
 		return err
 	}
-	err = errors.Join(report.writePodText(o.table(c), o.ports), o.writeFiles(ctx, report, c.Out))
+	err = errors.Join(err, report.writePodText(o.table(c), o.ports), o.writeFiles(ctx, report, c.Out))
 	if err == nil && !report.Proven() {
 		err = errors.New("the bypass is not proven")
 	}
@@ -397,15 +397,15 @@ func (s *podSite) measure(ctx context.Context, p Parameters, set func(path Path,
 	fmt.Fprintf(log, "bench: %s, %s\n", pointsCount(len(points)), p.howLong(points))
 	var measured []*series
 	for i, point := range points {
-		one, err := r.series(ctx, point)
-		if err != nil {
-			return nil, err
+		var one *series
+		if one, err = r.series(ctx, point); err != nil {
+			break
 		}
 		measured = append(measured, one)
 		r.tell(one, fmt.Sprintf("%d/%d", i+1, len(points)))
 	}
-	if err := r.refine(ctx, measured, time.Time{}); err != nil {
-		return nil, err
+	if err == nil {
+		err = r.refine(ctx, measured, time.Time{})
 	}
 	for _, one := range measured {
 		result := one.conclude(r.judge())
@@ -413,7 +413,7 @@ func (s *podSite) measure(ctx context.Context, p Parameters, set func(path Path,
 		report.Points = append(report.Points, result)
 	}
 	report.Header.Duration = time.Since(start).Seconds()
-	return report, nil
+	return report.endedBy(err)
 }
 
 // verify sends checked data to both ports, and finds out whether it is worth measuring.

@@ -121,20 +121,23 @@ type disturbance struct {
 	after   string                             // the line on standard error that it is disturbed after
 	disturb func(t *testing.T, bench int) bool // false: it came too late
 	want    string
+	partial bool // points were measured before, and are told
 }
 
 // TestDisturbed ends the bench, or one of its workers, at different points.
 func TestDisturbed(t *testing.T) {
 	node.Need(t)
 	for _, c := range []disturbance{
-		{"SIGINT while it begins", "making a private node", signalTo(unix.SIGINT, false), "interrupted"},
-		{"SIGTERM while the kernel is probed", "making a private node", whileProbing(signalTo(unix.SIGTERM, false)), "interrupted"},
-		{"SIGTERM while measuring", "data verified", signalTo(unix.SIGTERM, false), "interrupted"},
-		{"SIGTERM again and again", "data verified", again(signalTo(unix.SIGTERM, false)), "interrupted"},
-		{"the terminal goes away, which is said twice", "data verified", again(signalTo(unix.SIGHUP, true)), "interrupted"},
-		{"Ctrl-C while measuring", "data verified", signalTo(unix.SIGINT, true), "interrupted"},
-		{"worker killed", "data verified", killWorker, "signal: killed"},
-		{"the private node killed", "data verified", killPrivate, "the private node was killed (SIGKILL)"},
+		{"SIGINT while it begins", "making a private node", signalTo(unix.SIGINT, false), "interrupted", false},
+		{"SIGTERM while the kernel is probed", "making a private node", whileProbing(signalTo(unix.SIGTERM, false)), "interrupted", false},
+		{"SIGTERM while measuring", "data verified", signalTo(unix.SIGTERM, false), "interrupted", false},
+		{"SIGTERM again and again", "data verified", again(signalTo(unix.SIGTERM, false)), "interrupted", false},
+		{"the terminal goes away, which is said twice", "data verified", again(signalTo(unix.SIGHUP, true)), "interrupted", false},
+		{"Ctrl-C while measuring", "data verified", signalTo(unix.SIGINT, true), "interrupted", false},
+		{"worker killed", "data verified", killWorker, "signal: killed", false},
+		{"worker killed later", "bench: 2/", killWorker, "signal: killed", true},
+		{"SIGTERM later", "bench: 2/", signalTo(unix.SIGTERM, false), "interrupted", true},
+		{"the private node killed", "data verified", killPrivate, "the private node was killed (SIGKILL)", false},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			for tries := 1; !disturbed(t, c); tries++ {
@@ -149,7 +152,8 @@ func TestDisturbed(t *testing.T) {
 // disturbed runs the bench, and returns false if the moment to disturb it at was missed.
 func disturbed(t *testing.T, c disturbance) bool {
 	t.Helper()
-	cmd := program("--quick", "--cni-path="+node.ProgramDir())
+	file := filepath.Join(t.TempDir(), "result.json")
+	cmd := program("--quick", "--cni-path="+node.ProgramDir(), "--json="+file)
 	var out bytes.Buffer
 	cmd.Stdout = &out
 	stderr, err := cmd.StderrPipe()
@@ -176,6 +180,10 @@ func disturbed(t *testing.T, c disturbance) bool {
 	}
 	if !reached || !strings.Contains(said.String(), c.want) || strings.Contains(out.String(), "proven for every point") {
 		t.Errorf("it said %q, want %q", said.String(), c.want)
+	}
+	written, _ := os.ReadFile(file)
+	if c.partial && (!strings.Contains(out.String(), "\nINCOMPLETE: ") || !bytes.Contains(written, []byte(`"incomplete": "`))) {
+		t.Errorf("what was measured is lost:\n%s%s", out.String(), written)
 	}
 	if n := strings.Count(said.String(), "skipstack: "); n != 1 {
 		t.Errorf("%d error messages:\n%s", n, said.String())

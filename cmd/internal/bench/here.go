@@ -237,8 +237,8 @@ func here(ctx context.Context, c Config, o options, with hereOptions) error {
 	site, err := newHereSite(ctx, with)
 	report, err := o.session(ctx, c, site, err)
 	err = errors.Join(err, site.close())
-	if report != nil && err == nil {
-		err = o.writeFiles(ctx, report, c.Out)
+	if report != nil {
+		err = errors.Join(err, o.writeFiles(ctx, report, c.Out))
 	}
 	return o.verdict(ctx, report, err)
 }

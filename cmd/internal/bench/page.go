@@ -137,6 +137,9 @@ func (p *page) summary() {
 		}
 	}
 	switch {
+	case r.Header.Incomplete != "":
+		p.element(`p class="verdict"`, "INCOMPLETE: not everything was measured: "+r.Header.Incomplete)
+		p.list(failed)
 	case r.Proven():
 		p.element(`p class="verdict"`, "The bypass is proven for every point.")
 	case len(r.Points) == 0:

@@ -3,6 +3,7 @@ package bench
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"strings"
 	"testing"
 	"time"
@@ -49,6 +50,28 @@ func TestTextFits(t *testing.T) {
 	}
 	if s := b.String(); !strings.Contains(s, "NOT PROVEN: ") || !strings.Contains(s, "the reason") || strings.Contains(s, "is proven") {
 		t.Errorf("a failed proof is shown as:\n%s", s)
+	}
+}
+
+func TestIncomplete(t *testing.T) {
+	broken := errors.New("a worker ended")
+	if r, err := (&Report{}).endedBy(broken); r != nil || !errors.Is(err, broken) {
+		t.Errorf("%+v, %v, though nothing was measured", r, err)
+	}
+	r, err := (&Report{Points: []Result{widest(Stream)}}).endedBy(broken)
+	if r == nil || !errors.Is(err, broken) || r.Proven() {
+		t.Fatalf("%+v, %v", r, err)
+	}
+	var o options
+	o.check, o.minSpeedup = true, 0.1
+	var text, page bytes.Buffer
+	if err := errors.Join(r.writeText(&text), o.writeCheck(r, &text), r.encodeHTML(&page)); err != nil {
+		t.Fatal(err)
+	}
+	for _, b := range []string{text.String(), page.String()} {
+		if !strings.Contains(b, "INCOMPLETE: ") || !strings.Contains(b, broken.Error()) || strings.Contains(b, "is proven") || strings.Contains(b, "no point is slower") {
+			t.Errorf("%s", b)
+		}
 	}
 }
 

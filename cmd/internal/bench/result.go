@@ -13,14 +13,14 @@ type Report struct {
 	missing []Path // that the site does not have
 }
 
-// Proven tells if every point's bypass is proven.
+// Proven tells if everything was measured and every point's bypass is proven.
 func (r *Report) Proven() bool {
 	for _, p := range r.Points {
 		if p.Proof == Failed {
 			return false
 		}
 	}
-	return len(r.Points) > 0
+	return len(r.Points) > 0 && r.Header.Incomplete == ""
 }
 
 // Header says where and how a report came about.
@@ -37,6 +37,9 @@ type Header struct {
 	// InterruptsApart: the kernel charges the time of interrupts to no thread; it is
 	// then taken from /proc/stat and part of every cpu_s.
 	InterruptsApart bool `json:"interrupts_apart"`
+	// Incomplete is the error that ended it early: points are missing, or what the BPF
+	// programs cost. Empty: there was none.
+	Incomplete string `json:"incomplete,omitempty"`
 	Facts
 }
 

@@ -59,11 +59,15 @@ func outside(ctx context.Context, c Config, o options, args []string) error {
 	if said := lastWords(ctx, code); said != nil {
 		return &ExitError{ExitNotProven, errors.Join(said, err)}
 	}
-	if err == nil && result.Len() > 0 {
+	if result.Len() > 0 { // what was measured, whatever failed then
+		_, watched, stop := untilClosed(ctx, c)
+		defer stop()
 		var report Report
-		if err = json.Unmarshal(result.Bytes(), &report); err == nil {
-			err = o.writeFiles(ctx, &report, c.Out)
+		writeErr := json.Unmarshal(result.Bytes(), &report)
+		if writeErr == nil {
+			writeErr = o.writeFiles(ctx, &report, watched.Out)
 		}
+		err = errors.Join(err, writeErr)
 	}
 	if code == ExitProven && err == nil {
 		return nil
@@ -129,12 +133,12 @@ func (o options) session(ctx context.Context, c Config, s site, err error) (*Rep
 		return nil, err
 	}
 	report, err := measureAll(ctx, s, parameters(o), points, c.ErrOut)
-	if err != nil {
+	if report == nil {
 		return nil, err
 	}
 	out := o.table(c)
-	// What is measured is told, even if cleaning up fails then.
-	return report, errors.Join(report.writeText(out), o.writeCheck(report, out))
+	// What is measured is told, even if something fails then.
+	return report, errors.Join(err, report.writeText(out), o.writeCheck(report, out))
 }
 
 // verdict makes the command's outcome of what was measured and what failed.
@@ -168,7 +172,8 @@ func (o options) notMeasured(r *Report) []Path {
 // errNoPath is returned where a site has no such path.
 var errNoPath = errors.New("no such path here")
 
-// measureAll measures points at a site.
+// measureAll measures points at a site. What was measured before an error comes with it,
+// if there is something.
 func measureAll(ctx context.Context, s site, p Parameters, points []Point, log io.Writer) (*Report, error) {
 	if err := p.validate(); err != nil {
 		return nil, err
@@ -188,42 +193,67 @@ func measureAll(ctx context.Context, s site, p Parameters, points []Point, log i
 	report := newReport(p, s.facts())
 	report.Header.InterruptsApart = r.interruptsApart
 	fmt.Fprintf(log, "bench: %s, %s\n", pointsCount(len(points)), p.howLong(points))
+	if err = r.measureStages(ctx, start, points, report); err == nil {
+		err = r.costs(ctx, report)
+	}
+	report.Header.Duration = time.Since(start).Seconds()
+	return report.endedBy(err)
+}
+
+// measureStages measures points and adds them to the report, also those before an error.
+func (r *runner) measureStages(ctx context.Context, start time.Time, points []Point, report *Report) error {
+	p := r.parameters
 	budget := budget{start: start, limit: p.limit()}
 	var path Path
 	missing, done := false, 0
 	for _, stage := range stages(points) {
 		var measured []*series
+		conclude := func() {
+			for _, s := range measured {
+				report.Points = append(report.Points, s.conclude(r.judge()))
+			}
+		}
 		for _, point := range stage {
 			done++
+			var err error
 			if point.Path != path {
 				path = point.Path
-				if missing, err = r.begin(ctx, path, report); err != nil {
-					return nil, err
-				}
+				missing, err = r.begin(ctx, path, report)
 			}
-			if missing || r.leaveOut(point, report) {
+			if err == nil && (missing || r.leaveOut(point, report)) {
 				continue
 			}
-			s, err := r.series(ctx, point)
+			var s *series
+			if err == nil {
+				s, err = r.series(ctx, point)
+			}
 			if err != nil {
-				return nil, err
+				conclude()
+				return err
 			}
 			measured = append(measured, s)
 			left := time.Since(start) / time.Duration(done) * time.Duration(len(points)-done)
 			r.tell(s, fmt.Sprintf("%d/%d, %v left", done, len(points), left.Round(time.Second)))
 		}
-		if err := r.refine(ctx, measured, budget.until(p, len(stage), len(points)-done, p.costs(points))); err != nil {
-			return nil, err
-		}
-		for _, s := range measured {
-			report.Points = append(report.Points, s.conclude(r.judge()))
+		err := r.refine(ctx, measured, budget.until(p, len(stage), len(points)-done, p.costs(points)))
+		conclude()
+		if err != nil {
+			return err
 		}
 	}
-	if err := r.costs(ctx, report); err != nil {
+	return nil
+}
+
+// endedBy marks a report as incomplete if it ended with an error, which it returns. There
+// is no report if nothing was measured before.
+func (r *Report) endedBy(err error) (*Report, error) {
+	if err != nil && len(r.Points) == 0 {
 		return nil, err
 	}
-	report.Header.Duration = time.Since(start).Seconds()
-	return report, nil
+	if err != nil {
+		r.Header.Incomplete = err.Error()
+	}
+	return r, err
 }
 
 // tell says what came of a point so far.
