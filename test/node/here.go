@@ -101,29 +101,25 @@ func SweepHere(ctx context.Context, o HereOptions) error {
 func sweepPods(ctx context.Context, dir string, pluginDirs []string) error {
 	records, err := filepath.Glob(filepath.Join(dir, journalPrefix+"*"))
 	if err != nil {
-		return fmt.Errorf("sweep: %w", err)
+		return err
 	}
-	cni := libcni.NewCNIConfigWithCacheDir(pluginDirs, filepath.Join(dir, "cache"), nil)
 	var failed []error
 	for _, path := range records {
-		failed = append(failed, deleteRecorded(ctx, cni, path))
+		failed = append(failed, deleteRecorded(ctx, path, pluginDirs))
 	}
 	if err := errors.Join(failed...); err != nil {
 		return err // the records stay, for another try
 	}
 	namespaces, err := filepath.Glob(filepath.Join(dir, "netns-*"))
 	if err != nil {
-		return fmt.Errorf("sweep: %w", err)
+		return err
 	}
 	for _, path := range namespaces {
 		if err := removeNetNS(path); err != nil {
 			return err
 		}
 	}
-	if err := os.RemoveAll(dir); err != nil {
-		return fmt.Errorf("sweep: %w", err)
-	}
-	return nil
+	return os.RemoveAll(dir)
 }
 
 // journalPrefix begins the names of the files that record attachments.
@@ -131,8 +127,9 @@ const journalPrefix = "attachment-"
 
 // A record is all that DEL needs.
 type record struct {
-	Conflist json.RawMessage
-	Runtime  libcni.RuntimeConf
+	Conflist   json.RawMessage
+	Runtime    libcni.RuntimeConf
+	PluginDirs []string
 }
 
 func (p *Pod) recordPath(ifName string) string {
@@ -145,7 +142,7 @@ func (p *Pod) note(list *libcni.NetworkConfigList, ifName string) error {
 	if !p.node.journal {
 		return nil
 	}
-	content, err := json.Marshal(record{list.Bytes, *p.RuntimeConf(ifName)})
+	content, err := json.Marshal(record{list.Bytes, *p.RuntimeConf(ifName), p.node.pluginDirs})
 	if err == nil {
 		err = os.WriteFile(p.recordPath(ifName), content, 0o600)
 	}
@@ -163,10 +160,11 @@ func (p *Pod) forgetNote(ifName string) error {
 	return ignoreMissing(os.Remove(p.recordPath(ifName)))
 }
 
-func deleteRecorded(ctx context.Context, cni *libcni.CNIConfig, path string) error {
+// deleteRecorded looks for plugins where ADD found them, and in further directories.
+func deleteRecorded(ctx context.Context, path string, further []string) error {
 	content, err := os.ReadFile(path)
 	if err != nil {
-		return fmt.Errorf("sweep: %w", err)
+		return err
 	}
 	var r record
 	if err := json.Unmarshal(content, &r); err != nil {
@@ -175,10 +173,11 @@ func deleteRecorded(ctx context.Context, cni *libcni.CNIConfig, path string) err
 	}
 	list, err := libcni.NetworkConfFromBytes(r.Conflist)
 	if err != nil {
-		return fmt.Errorf("sweep %s: %w", path, err)
+		return fmt.Errorf("%s: %w", path, err)
 	}
+	cni := libcni.NewCNIConfigWithCacheDir(append(r.PluginDirs, further...), filepath.Join(filepath.Dir(path), "cache"), nil)
 	if err := cni.DelNetworkList(ctx, list, &r.Runtime); err != nil {
-		return fmt.Errorf("sweep: delete a pod that was left in network %s: %w", list.Name, err)
+		return fmt.Errorf("delete pod %s, which a killed one left in network %s: %w", r.Runtime.ContainerID, list.Name, err)
 	}
 	return os.Remove(path)
 }

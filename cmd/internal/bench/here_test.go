@@ -175,9 +175,19 @@ func TestHereKilled(t *testing.T) {
 	if left, err := filepath.Glob(filepath.Join(hereDir, "*/"+"attachment-*")); code == 0 || err != nil || len(left) != 2 {
 		t.Fatalf("SIGKILL: exit code %d, left %v, %v\n%s", code, left, err, out)
 	}
-	cmd := program(hereArgs(conflist)...)
-	if out, err := cmd.CombinedOutput(); err != nil {
+	// Another chain, whose plugins are elsewhere.
+	other := filepath.Join(t.TempDir(), "20-other.conflist")
+	if err := os.WriteFile(other, []byte(`{"cniVersion":"1.0.0","name":"other","plugins":[{"type":"odd"},{"type":"skipstack"}]}`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	cmd := program(hereArgs(other, "--cni-path="+pluginDir(t, "exit 1", "exit 0"))...)
+	if out, err := cmd.CombinedOutput(); err == nil || bytes.Contains(out, []byte("sweep")) {
 		t.Errorf("the next: %v\n%s", err, out)
+	}
+	clean(t, n, leases)
+	cmd = program(hereArgs(conflist)...)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Errorf("the one after: %v\n%s", err, out)
 	}
 	clean(t, n, leases)
 }
@@ -231,13 +241,7 @@ func TestHereFailedDelete(t *testing.T) {
 // all of them.
 func addPlugin(t *testing.T, conflist, add, del string) (dir string) {
 	t.Helper()
-	dir = t.TempDir()
-	for _, name := range append([]string{plugin.Type}, chainPlugins...) {
-		if err := os.Symlink(filepath.Join(node.ProgramDir(), name), filepath.Join(dir, name)); err != nil {
-			t.Fatal(err)
-		}
-	}
-	writePlugin(t, dir, add, del)
+	dir = pluginDir(t, add, del, chainPlugins...)
 	raw, err := os.ReadFile(conflist)
 	if err != nil {
 		t.Fatal(err)
@@ -254,6 +258,19 @@ func addPlugin(t *testing.T, conflist, add, del string) (dir string) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	return dir
+}
+
+// pluginDir makes a directory with the plugin odd, skipstack and others.
+func pluginDir(t *testing.T, add, del string, others ...string) string {
+	t.Helper()
+	dir := t.TempDir()
+	for _, name := range append([]string{plugin.Type}, others...) {
+		if err := os.Symlink(filepath.Join(node.ProgramDir(), name), filepath.Join(dir, name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	writePlugin(t, dir, add, del)
 	return dir
 }
 
