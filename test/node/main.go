@@ -102,6 +102,10 @@ func run(m interface{ Run() int }, o MainOptions) (int, error) {
 		}
 		return Isolate(ctx, Command{Args: os.Args[1:], Env: env, Stdin: os.Stdin, Stdout: os.Stdout, Stderr: os.Stderr})
 	}
+	// Programs that tests run would inherit what nohup(1) has told this one.
+	if signal.Ignored(syscall.SIGHUP) {
+		signal.Notify(make(chan os.Signal, 1), syscall.SIGHUP)
+	}
 	machine, err := Prepare()
 	if err != nil {
 		return 1, err
