@@ -57,7 +57,7 @@ func (o files) check() error {
 		path := f.path
 		if path != "-" {
 			var err error
-			if path, err = filepath.Abs(path); err != nil {
+			if path, err = resolved(path); err != nil {
 				return fmt.Errorf("--%s %s: %w", f.flag, f.path, err)
 			}
 		}
@@ -75,25 +75,69 @@ func (o files) check() error {
 	return nil
 }
 
+// resolved is the absolute path of a file without symbolic links. The file need not be
+// there; in a directory that is not there, the links stay.
+func resolved(path string) (string, error) {
+	path, err := filepath.Abs(path)
+	if err != nil {
+		return "", err
+	}
+	const mostLinks = 40 // as the kernel has it
+	for range mostLinks {
+		dir, err := filepath.EvalSymlinks(filepath.Dir(path))
+		if err != nil {
+			return path, nil
+		}
+		path = filepath.Join(dir, filepath.Base(path))
+		link, err := os.Readlink(path)
+		switch {
+		case err != nil: // it is no link
+			return path, nil
+		case filepath.IsAbs(link):
+			path = link
+		default:
+			path = filepath.Join(dir, link)
+		}
+	}
+	return "", unix.ELOOP
+}
+
 // checkWritable finds out whether the files can be written.
 func (o files) checkWritable() error {
 	for _, f := range o.wanted() {
 		if f.path == "-" {
 			continue
 		}
-		if err := unix.Access(filepath.Dir(f.path), unix.W_OK); err != nil {
-			return fmt.Errorf("--%s %s: its directory is not writable: %w", f.flag, f.path, err)
-		}
 		info, err := os.Stat(f.path)
+		switch {
+		case err != nil:
+			err = checkMakeable(f.path)
+		case info.IsDir():
+			err = errors.New("it is a directory")
+		default:
+			if err = unix.Access(f.path, unix.W_OK); err != nil {
+				err = fmt.Errorf("it is not writable: %w", err)
+			}
+		}
 		if err != nil {
-			continue // it will be made
+			return fmt.Errorf("--%s %s: %w", f.flag, f.path, err)
 		}
-		if info.IsDir() {
-			return fmt.Errorf("--%s %s: it is a directory", f.flag, f.path)
-		}
-		if err := unix.Access(f.path, unix.W_OK); err != nil {
-			return fmt.Errorf("--%s %s: it is not writable: %w", f.flag, f.path, err)
-		}
+	}
+	return nil
+}
+
+// checkMakeable finds out whether a file can be made.
+func checkMakeable(path string) error {
+	path, err := resolved(path)
+	if err != nil {
+		return err
+	}
+	dir := filepath.Dir(path)
+	if info, err := os.Stat(dir); err == nil && !info.IsDir() {
+		return fmt.Errorf("%s is not a directory", dir)
+	}
+	if err := unix.Access(dir, unix.W_OK); err != nil {
+		return fmt.Errorf("its directory is not writable: %w", err)
 	}
 	return nil
 }

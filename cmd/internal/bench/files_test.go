@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -66,6 +67,40 @@ func TestWriteFiles(t *testing.T) {
 	o.json = t.TempDir()
 	if err := o.writeFiles(t.Context(), r, &out); err == nil {
 		t.Error("a directory is written to")
+	}
+}
+
+func TestCheckFiles(t *testing.T) {
+	dir := t.TempDir()
+	t.Chdir(dir)
+	for link, to := range map[string]string{"link": "there", "dangling": dir + "/absent", "loop": "loop", "sub": "."} {
+		if err := os.Symlink(to, link); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.WriteFile("there", nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct{ json, csv, want string }{
+		{"there", "absent", ""},
+		{"dangling", "link", ""},
+		{"there", "link", "are the same file"},
+		{"there", "sub/there", "are the same file"},
+		{"dangling", "absent", "are the same file"},
+		{"sub/dangling", "sub/absent", "are the same file"},
+		{"there/x", "", "there is not a directory"},
+		{"link/x", "", "there is not a directory"},
+		{"loop", "", "too many levels"},
+		{"no/x", "", "not writable"},
+	} {
+		o := files{json: c.json, csv: c.csv}
+		err := o.check()
+		if err == nil {
+			err = o.checkWritable()
+		}
+		if (err == nil) != (c.want == "") || err != nil && !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%+v: %v, want %q", o, err, c.want)
+		}
 	}
 }
 
