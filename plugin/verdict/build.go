@@ -11,18 +11,30 @@ import (
 // build identifies the running binary: the programs that it has embedded and the probes
 // that judge by them. A copy of it in another place has the same.
 func build() [16]byte {
-	h := sha256.New()
 	if id := goBuildID("/proc/self/exe"); id != nil {
-		h.Write(id)
-		return [16]byte(h.Sum(nil))
+		return hashed(id)
 	}
 	// Linked without an id (-ldflags=-buildid=).
+	h := sha256.New()
 	programs := bpf.Build()
 	h.Write(programs[:])
 	if info, ok := debug.ReadBuildInfo(); ok {
 		h.Write([]byte(info.String()))
 	}
 	return [16]byte(h.Sum(nil))
+}
+
+// buildOf identifies another binary. One without an id is taken to be as this one.
+func buildOf(program string) [16]byte {
+	if id := goBuildID(program); id != nil {
+		return hashed(id)
+	}
+	return build()
+}
+
+func hashed(id []byte) [16]byte {
+	sum := sha256.Sum256(id)
+	return [16]byte(sum[:])
 }
 
 // goBuildID is the id that the go command gives to a binary, which depends on all that

@@ -132,12 +132,18 @@ func bootID() (string, error) {
 // what it holds is damaged, from another version, or inconclusive (see
 // [Verdict.Inconclusive]) and more than a minute old. One that holds may be due
 // for another look all the same, see [Verdict.Due].
-func Cached(runDir string) (*Verdict, error) {
+func Cached(runDir string) (*Verdict, error) { return cachedBy(runDir, build()) }
+
+// CachedBy is [Cached] for the verdict of another binary, as the plugin is where it was
+// installed.
+func CachedBy(program, runDir string) (*Verdict, error) { return cachedBy(runDir, buildOf(program)) }
+
+func cachedBy(runDir string, build [16]byte) (*Verdict, error) {
 	boot, err := bootID()
 	if err != nil {
 		return nil, err
 	}
-	return cached(runDir, boot, build(), time.Now())
+	return cached(runDir, boot, build, time.Now())
 }
 
 func cached(runDir, boot string, build [16]byte, now time.Time) (*Verdict, error) {

@@ -121,6 +121,9 @@ func TestBuild(t *testing.T) {
 			t.Fatal(err)
 		}
 		builds[name] = string(out)
+		if seen := fmt.Sprintf("%x", buildOf(path)); name != "no id" && seen != builds[name] {
+			t.Errorf("%s is %s to others, %s to itself", name, seen, builds[name])
+		}
 	}
 	own := fmt.Sprintf("%x", build())
 	if builds["copy"] != own {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	"github.com/skipstack/skipstack/plugin/attachment"
@@ -33,7 +34,7 @@ func (s *nodeSite) waitForGate(ctx context.Context) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, gateTimeout, fmt.Errorf("%w: no verdict on this kernel after %v", errNotAllowed, gateTimeout))
 	defer cancel()
 	for {
-		v, err := verdict.Cached(s.runDir)
+		v, err := verdict.CachedBy(s.program, s.runDir)
 		if err == nil && v.Level == verdict.Unsupported {
 			return fmt.Errorf("%w: the kernel's verdict is %s", errNotAllowed, v)
 		}
@@ -73,6 +74,25 @@ func (s *nodeSite) accelerated(p *node.Pod, n datapath.NodeSettings) error {
 		return fmt.Errorf("%w: pod %s: the kernel's verdict is %s, the pod accepts [%s]", errNotAllowed, p.Name, s.verdict, settings.Accepted)
 	}
 	return nil
+}
+
+// changed says why connections of the pods are no longer accelerated, which they were
+// when the bench began; "" if they are.
+func (s *nodeSite) changed() string {
+	settings, err := s.set.Node()
+	if err != nil {
+		return "the node's settings cannot be read any more: " + err.Error()
+	}
+	switch {
+	case settings.SwitchedOff:
+		return "acceleration was switched off on this node meanwhile (`skipstack on` switches it on)"
+	case !settings.Open:
+		return "the node's gate was closed meanwhile: no connection is accelerated"
+	}
+	if err := errors.Join(s.accelerated(s.client, settings), s.accelerated(s.server, settings)); err != nil {
+		return "meanwhile " + strings.ReplaceAll(err.Error(), "\n", "; ")
+	}
+	return ""
 }
 
 func (s *nodeSite) key(p *node.Pod) attachment.Key {

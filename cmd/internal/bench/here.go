@@ -110,7 +110,7 @@ func withCapabilities(raw []byte) ([]byte, error) {
 // even on error.
 func newHereSite(ctx context.Context, o hereOptions) (s *nodeSite, err error) {
 	pluginLog := &lockedBuffer{}
-	s = &nodeSite{command: o.worker, stderr: o.stderr, workers: map[role]*remote{}, shared: true, bpffs: o.config.BPFFS, runDir: o.config.RunDir}
+	s = &nodeSite{command: o.worker, stderr: o.stderr, workers: map[role]*remote{}, shared: true, bpffs: o.config.BPFFS, runDir: o.config.RunDir, program: filepath.Join(o.cniPath, plugin.Type)}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, textError(pluginLog.String()))

@@ -50,7 +50,7 @@ func newPrivateSite(ctx context.Context, o privateOptions) (s *nodeSite, err err
 	if err != nil {
 		return s, err
 	}
-	s.bpffs, s.runDir = s.node.BPFFS, s.node.RunDir
+	s.bpffs, s.runDir, s.program = s.node.BPFFS, s.node.RunDir, o.program
 	missing := missingPlugin(o.cniPath, chainPlugins)
 	if missing != "" {
 		fmt.Fprintf(o.stderr, "bench: no CNI plugin %s in %s: making veth and bridge by netlink\n", missing, o.cniPath)

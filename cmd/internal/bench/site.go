@@ -50,6 +50,7 @@ type nodeSite struct {
 	client, server *node.Pod
 	set            *datapath.Set
 	bpffs, runDir  string // skipstack's
+	program        string // the plugin's
 	network        string // name
 	shared         bool   // the node has pods of others
 	services       bool   // NAT rules may be made on the node
