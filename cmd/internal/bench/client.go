@@ -408,7 +408,7 @@ func (s *podSite) measure(ctx context.Context, p Parameters, set func(path Path,
 		err = r.refine(ctx, measured, time.Time{})
 	}
 	for _, one := range measured {
-		result := one.conclude(r.judge())
+		result := r.conclude(one)
 		result.RedirectedBytes = result.PayloadBytes - min(result.TCPBytes, result.PayloadBytes)
 		report.Points = append(report.Points, result)
 	}

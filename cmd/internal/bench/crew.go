@@ -109,13 +109,30 @@ func (r *remote) receive(ctx context.Context) (reply, error) {
 	case ctx.Err() != nil:
 		return reply{}, fmt.Errorf("worker %s: no reply: %w", r.role, context.Cause(ctx))
 	case errors.Is(err, io.EOF):
-		return reply{}, fmt.Errorf("worker %s ended: %w", r.role, errors.Join(r.wait(), errors.New("no reply")))
+		return reply{}, fmt.Errorf("worker %s ended: %w", r.role, errors.Join(r.wait(), errEnded))
 	case err != nil:
 		return reply{}, fmt.Errorf("worker %s: %w", r.role, err)
 	case answer.Error != "":
 		return reply{}, fmt.Errorf("worker %s: %s", r.role, answer.Error)
 	}
 	return answer, nil
+}
+
+// errEnded is returned for a worker that ended where a reply was expected.
+var errEnded = errors.New("no reply")
+
+// endTimeout is how long to wait for the end of a worker that may have ended.
+const endTimeout = 3 * time.Second
+
+// ended returns an error if the worker has ended, or ends now. It gets no more orders
+// after that.
+func (r *remote) ended(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, endTimeout)
+	defer cancel()
+	if _, err := r.receive(ctx); errors.Is(err, errEnded) {
+		return err
+	}
+	return nil
 }
 
 // close tells the worker to end; its pod waits for it.
@@ -204,7 +221,8 @@ func run(ctx context.Context, client, server *remote, o order, cpus placed, targ
 	}
 	driven, err := client.receive(ctx)
 	if err != nil {
-		return m, err
+		// Where a server is killed, its client is the first to say that something is wrong.
+		return m, errors.Join(server.ended(ctx), err)
 	}
 	if err := server.send(order{Verb: stop}); err != nil {
 		return m, err

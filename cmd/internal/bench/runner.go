@@ -222,6 +222,34 @@ func (r *runner) target(p Point, kind runKind) (endpoint, error) {
 	return endpoint{TCP: netip.AddrPortFrom(addr, 0)}, err
 }
 
+// notAccelerated says what is wrong with the accelerated part of the verification.
+func (r *runner) notAccelerated(e *Evidence) string {
+	reason := unexplained(e)
+	if reason == "" && e.redirected() == 0 {
+		reason = fmt.Sprintf("none of %d bytes were redirected, %d went by TCP%s", e.Payload, e.TCP, passed(e))
+	}
+	return r.because(reason)
+}
+
+// because adds to the reason of a failure, if there is one, what has changed at the site.
+func (r *runner) because(reason string) string {
+	s, ok := r.site.(interface{ changed() string })
+	if !ok || reason == "" {
+		return reason
+	}
+	if why := s.changed(); why != "" {
+		reason += "; " + why
+	}
+	return reason
+}
+
+// conclude is what a series gave.
+func (r *runner) conclude(s *series) Result {
+	result := s.conclude(r.judge())
+	result.Reason = r.because(result.Reason)
+	return result
+}
+
 // covers tells if things were counted over most of a run's window.
 func (m measured) covers(test Test, length time.Duration) bool { return m.elapsed(test) > length/2 }
 
@@ -239,8 +267,8 @@ func (r *runner) verify(ctx context.Context, path Path) (bytes uint64, err error
 			if reason := notPlain(&e); reason != "" {
 				return 0, fmt.Errorf("verify data on path %s, plain: %s", path, reason)
 			}
-		} else if reason := unexplained(&e); reason != "" || e.redirected() == 0 {
-			return 0, fmt.Errorf("verify data on path %s: nothing was redirected %s", path, reason)
+		} else if reason := r.notAccelerated(&e); reason != "" {
+			return 0, fmt.Errorf("verify data on path %s: %s", path, reason)
 		}
 		bytes += m.payload()
 	}

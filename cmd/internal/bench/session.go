@@ -210,7 +210,7 @@ func (r *runner) measureStages(ctx context.Context, start time.Time, points []Po
 		var measured []*series
 		conclude := func() {
 			for _, s := range measured {
-				report.Points = append(report.Points, s.conclude(r.judge()))
+				report.Points = append(report.Points, r.conclude(s))
 			}
 		}
 		for _, point := range stage {
@@ -258,7 +258,7 @@ func (r *Report) endedBy(err error) (*Report, error) {
 
 // tell says what came of a point so far.
 func (r *runner) tell(s *series, progress string) {
-	result := s.conclude(r.judge())
+	result := r.conclude(s)
 	fmt.Fprintf(r.log, "bench: %s: %s: ratio %.2f, %s\n", progress, result.Point, result.Speedup, result.proof())
 }
 
