@@ -60,7 +60,7 @@ type Pod struct {
 type attached struct {
 	list   *libcni.NetworkConfigList
 	ifName string
-	result *types100.Result // nil: ADD failed, and so did its DEL
+	result *types100.Result // nil: ADD failed, and Close is to delete what it did
 }
 
 // NewPod makes a pod's network namespace and cgroups, as a kubelet and a container
@@ -152,7 +152,8 @@ func (p *Pod) RuntimeConf(ifName string) *libcni.RuntimeConf {
 }
 
 // Add attaches the pod to a network (CNI ADD). What fails is deleted
-// again, as runtimes do; where that fails too, Close tries once more on a node of [Here].
+// again, as runtimes do. On a node of [Here], Close does that where ctx has ended, and tries
+// once more where DEL fails too.
 // Errors of plugins are *types.Error.
 func (p *Pod) Add(ctx context.Context, list *libcni.NetworkConfigList, ifName string) (*types100.Result, error) {
 	if err := p.note(list, ifName); err != nil {
@@ -165,13 +166,18 @@ func (p *Pod) Add(ctx context.Context, list *libcni.NetworkConfigList, ifName st
 		result, err = types100.NewResultFromResult(res)
 	}
 	if err != nil {
+		err = fmt.Errorf("add pod %s to network %s: %w", p.Name, list.Name, err)
+		if ctx.Err() != nil && p.node.journal { // Close is next: a DEL that hangs does so once
+			p.keep(attached{list, ifName, nil})
+			return nil, err
+		}
 		clean, cancel := context.WithTimeout(context.WithoutCancel(ctx), closeTimeout)
 		defer cancel()
 		delErr := p.Del(clean, list, ifName)
 		if delErr != nil && p.node.journal { // the machine keeps what ADD did
 			p.keep(attached{list, ifName, nil})
 		}
-		return nil, errors.Join(fmt.Errorf("add pod %s to network %s: %w", p.Name, list.Name, err), delErr)
+		return nil, errors.Join(err, delErr)
 	}
 	p.keep(attached{list, ifName, result})
 	return result, nil

@@ -195,13 +195,16 @@ func TestHereKilled(t *testing.T) {
 // TestHereFailedDelete: where ADD fails or is interrupted and DEL fails too, the bench says
 // that something is left, and the next one removes it.
 func TestHereFailedDelete(t *testing.T) {
-	for _, c := range []struct{ name, add, want string }{
-		{"ADD fails", "exit 1", "add pod server"},
-		{"ADD is interrupted", "echo > $(dirname $0)/adding; exec sleep 1000", "interrupted: nothing is proven\n"},
+	for _, c := range []struct {
+		name, add, want string
+		deletes         int
+	}{
+		{"ADD fails", "exit 1", "add pod server", 2},
+		{"ADD is interrupted", "echo > $(dirname $0)/adding; exec sleep 1000", "interrupted: nothing is proven\n", 1},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			conflist, n, leases := machine(t, "auto")
-			dir := addPlugin(t, conflist, c.add, "exit 1")
+			dir := addPlugin(t, conflist, c.add, "echo >> $(dirname $0)/deletes; exit 1")
 			cmd := program(hereArgs(conflist, "--cni-path="+dir)...)
 			var said bytes.Buffer
 			cmd.Stdout, cmd.Stderr = &said, &said
@@ -222,6 +225,9 @@ func TestHereFailedDelete(t *testing.T) {
 			}
 			if left, err := filepath.Glob(filepath.Join(hereDir, "*/attachment-*")); err != nil || len(left) != 1 {
 				t.Errorf("records: %v, %v", left, err)
+			}
+			if deletes, err := os.ReadFile(filepath.Join(dir, "deletes")); err != nil || len(deletes) != c.deletes {
+				t.Errorf("%d DELs, want %d (%v)", len(deletes), c.deletes, err)
 			}
 			if left, err := filepath.Glob(filepath.Join(leases, "users/10.99.0.*")); err != nil || len(left) != 1 {
 				t.Errorf("leases: %v, %v", left, err)

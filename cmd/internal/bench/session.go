@@ -82,7 +82,7 @@ func lastWords(ctx context.Context, code int) error {
 	case code <= signalled:
 		return nil
 	case ctx.Err() != nil:
-		return fmt.Errorf("interrupted: nothing is proven; the private node did not end in time and was killed (%v), what it had ended with it", s)
+		return errors.New("interrupted: nothing is proven; the private node did not end in time and was killed, with all that it had")
 	case s == unix.SIGKILL:
 		return errors.New("the private node was killed (SIGKILL): nothing is proven; if nobody did it, memory was short: the kernel log says so")
 	default:
