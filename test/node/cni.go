@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"maps"
 	"net/netip"
 	"os"
@@ -153,13 +154,14 @@ func setDefault(m map[string]any, key string, value any) {
 // CNI returns a libcni whose plugins run in the node's network namespace.
 func (n *Node) CNI() *libcni.CNIConfig {
 	dirs := append([]string{n.BinDir}, n.pluginDirs...)
-	return libcni.NewCNIConfigWithCacheDir(dirs, n.CacheDir, &pluginExec{node: n})
+	return libcni.NewCNIConfigWithCacheDir(dirs, n.CacheDir, &pluginExec{thread: n.thread, log: n.log})
 }
 
-// pluginExec is libcni's default Exec, but for the network namespace that the
-// plugin is started in.
+// pluginExec is libcni's default Exec, but for the thread that plugins are started on,
+// whose network namespace they get, and for what it does when they are interrupted.
 type pluginExec struct {
-	node *Node
+	thread *thread
+	log    io.Writer
 	version.PluginDecoder
 }
 
@@ -177,14 +179,14 @@ func (e *pluginExec) ExecPlugin(ctx context.Context, path string, stdin []byte, 
 	cmd.Env, cmd.Stdin, cmd.Stdout, cmd.Stderr = environ, bytes.NewReader(stdin), &stdout, &stderr
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: unix.SIGKILL}
 	cmd.WaitDelay = streamsDelay
-	err := e.node.Do(cmd.Start)
+	err := e.thread.do(cmd.Start)
 	if err == nil {
 		err = cmd.Wait()
 	}
 	if errors.Is(err, exec.ErrWaitDelay) {
 		err = nil // the plugin itself has succeeded
 	}
-	if _, logErr := e.node.log.Write(stderr.Bytes()); err == nil && logErr != nil {
+	if _, logErr := e.log.Write(stderr.Bytes()); err == nil && logErr != nil {
 		return nil, fmt.Errorf("log of plugin %s: %w", path, logErr)
 	}
 	if err == nil {

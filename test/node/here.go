@@ -103,10 +103,15 @@ func sweepPods(ctx context.Context, dir string, pluginDirs []string) error {
 	if err != nil {
 		return err
 	}
+	own, err := newThread(func() error { return nil })
+	if err != nil {
+		return err
+	}
 	var failed []error
 	for _, path := range records {
-		failed = append(failed, deleteRecorded(ctx, path, pluginDirs))
+		failed = append(failed, deleteRecorded(ctx, own, path, pluginDirs))
 	}
+	failed = append(failed, own.close())
 	if err := errors.Join(failed...); err != nil {
 		return err // the records stay, for another try
 	}
@@ -161,7 +166,7 @@ func (p *Pod) forgetNote(ifName string) error {
 }
 
 // deleteRecorded looks for plugins where ADD found them, and in further directories.
-func deleteRecorded(ctx context.Context, path string, further []string) error {
+func deleteRecorded(ctx context.Context, own *thread, path string, further []string) error {
 	content, err := os.ReadFile(path)
 	if err != nil {
 		return err
@@ -175,7 +180,7 @@ func deleteRecorded(ctx context.Context, path string, further []string) error {
 	if err != nil {
 		return fmt.Errorf("%s: %w", path, err)
 	}
-	cni := libcni.NewCNIConfigWithCacheDir(append(r.PluginDirs, further...), filepath.Join(filepath.Dir(path), "cache"), nil)
+	cni := libcni.NewCNIConfigWithCacheDir(append(r.PluginDirs, further...), filepath.Join(filepath.Dir(path), "cache"), &pluginExec{thread: own, log: io.Discard})
 	if err := cni.DelNetworkList(ctx, list, &r.Runtime); err != nil {
 		return fmt.Errorf("delete pod %s, which a killed one left in network %s: %w", r.Runtime.ContainerID, list.Name, err)
 	}

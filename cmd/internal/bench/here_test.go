@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -233,6 +234,7 @@ func TestHereFailedDelete(t *testing.T) {
 				t.Errorf("leases: %v, %v", left, err)
 			}
 
+			interruptSweep(t, conflist, dir)
 			writePlugin(t, dir, "exit 1", "exit 0")
 			cmd = program(hereArgs(conflist, "--cni-path="+dir)...)
 			if next, err := cmd.CombinedOutput(); err == nil || bytes.Contains(next, []byte(node.ErrLeftover.Error())) {
@@ -240,6 +242,40 @@ func TestHereFailedDelete(t *testing.T) {
 			}
 			clean(t, n, leases)
 		})
+	}
+}
+
+// interruptSweep interrupts a bench while a DEL of the sweep hangs, whose plugin has
+// started something that holds its streams.
+func interruptSweep(t *testing.T, conflist, dir string) {
+	t.Helper()
+	writePlugin(t, dir, "exit 1", "cd $(dirname $0); sleep 1000 & echo $! > new; mv new child; wait")
+	cmd := program(hereArgs(conflist, "--cni-path="+dir)...)
+	var said bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &said, &said
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- cmd.Wait() }()
+	var child int
+	eventually(t, "DEL is under way", func() error {
+		text, err := os.ReadFile(filepath.Join(dir, "child"))
+		if err == nil {
+			_, err = fmt.Sscan(string(text), &child)
+		}
+		return err
+	})
+	_ = cmd.Process.Signal(unix.SIGINT)
+	select {
+	case <-ended:
+		kill(t, child)
+	case <-time.After(time.Minute):
+		kill(t, child)
+		t.Errorf("an interrupted sweep did not end in a minute (%v)", <-ended)
+	}
+	if code := cmd.ProcessState.ExitCode(); code != ExitNotProven || !strings.Contains(said.String(), "interrupted") {
+		t.Errorf("exit code %d\n%s", code, said.String())
 	}
 }
 
