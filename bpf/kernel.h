@@ -182,6 +182,7 @@ struct list_head {
 
 struct sk_psock {
 	struct sk_buff_head ingress_skb;
+	struct list_head ingress_msg; /* of struct sk_msg */
 	struct list_head link; /* of struct sk_psock_link, one for each map it is in */
 };
 

@@ -79,15 +79,24 @@ static __always_inline void give_back(__u64 cookie)
 		__sync_fetch_and_sub(&sum->messages, messages);
 }
 
+/* has_messages tells if a socket has redirected messages in its queue. With the funnel
+ * the end of the stream is one, too, until it has been read. */
+static __always_inline bool has_messages(struct sock *sk)
+{
+	struct sk_psock *psock = (void *)((unsigned long)BPF_CORE_READ(sk, sk_user_data) & ~7UL);
+
+	return psock && BPF_CORE_READ(psock, ingress_msg.next) != &psock->ingress_msg;
+}
+
 /* still_waiting adds a reservation up, or deletes it if nothing can be waiting. The
- * address is a hint, as in peers.h: what is read of a socket that is gone is that
- * it has nothing unread, or another's cookie. */
+ * address is a hint, as in peers.h: a socket that is gone has no queue, or another's
+ * cookie. */
 static long still_waiting(struct bpf_map *map, const __u64 *cookie, struct queue *q, __u64 *sum)
 {
 	struct sock *receiver = (struct sock *)(unsigned long)q->receiver_sk;
 
 	if (BPF_CORE_READ(receiver, __sk_common.skc_cookie.counter) == *cookie &&
-	    BPF_CORE_READ(receiver, sk_backlog.rmem_alloc.counter))
+	    has_messages(receiver))
 		*sum += q->messages;
 	else
 		bpf_map_delete_elem(map, cookie);

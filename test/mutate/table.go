@@ -215,7 +215,7 @@ var mutations = []mutation{
 	{
 		name: "queued messages count as long as something is unread",
 		file: "queues.h",
-		old:  " &&\n	    BPF_CORE_READ(receiver, sk_backlog.rmem_alloc.counter))\n",
+		old:  " &&\n	    has_messages(receiver))\n",
 		new:  " &&\n	    0)\n",
 		test: "^TestManyMessagesNeverRead$",
 	},
