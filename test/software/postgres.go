@@ -61,7 +61,14 @@ func (p *pod) postgres() error {
 	if _, err := p.start("setpriv", server...); err != nil {
 		return err
 	}
-	return p.listens(5432)
+	// It listens before it has started up, and refuses connections meanwhile.
+	return s.wait("PostgreSQL takes connections", func() (bool, error) {
+		state, err := os.ReadFile(filepath.Join(data, "postmaster.pid"))
+		if errors.Is(err, os.ErrNotExist) {
+			err = nil
+		}
+		return strings.Contains(string(state), "\nready"), err
+	})
 }
 
 func (p *pod) psql(server *pod, args ...string) (string, error) {
