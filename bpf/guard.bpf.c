@@ -54,21 +54,26 @@ char _license[] SEC("license") = "GPL";
 /* A socket is in one map but for the programs of others. */
 #define MAX_LINKS 8
 
-/* How many calls were refused. Refusals are rare, as programs do not splice again
- * after one, so all CPUs share a counter.
+enum refusal {
+	REFUSAL_SPLICE,
+	REFUSAL_ULP,
+	REFUSALS,
+};
+
+/* How many calls were refused, by what was asked for. Refusals are rare, as programs
+ * do not ask again after one, so all CPUs share a counter.
  * Writer: the guard. Reader: user space. A guard that takes another's place goes on
  * with its map. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, 1);
-	__type(key, __u32);
+	__uint(max_entries, REFUSALS);
+	__type(key, enum refusal);
 	__type(value, __u64);
 } skipstack_guard SEC(".maps");
 
-static __always_inline int refuse(void)
+static __always_inline int refuse(enum refusal what)
 {
-	__u32 zero = 0;
-	__u64 *refused = bpf_map_lookup_elem(&skipstack_guard, &zero);
+	__u64 *refused = bpf_map_lookup_elem(&skipstack_guard, &what);
 
 	if (refused)
 		__sync_fetch_and_add(refused, 1);
@@ -156,7 +161,7 @@ static __always_inline int guard(struct file *file, int mask, int before)
 	socket = bpf_sock_from_file(file);
 	if (!socket || !socket->sk)
 		return 0;
-	return enrolled(socket->sk) ? refuse() : 0;
+	return enrolled(socket->sk) ? refuse(REFUSAL_SPLICE) : 0;
 }
 
 SEC("lsm/file_permission")
@@ -181,7 +186,7 @@ static __always_inline int guard_ulp(struct socket *socket, int level, int optna
 		return before;
 	if (sk->__sk_common.skc_state == BPF_TCP_SYN_SENT)
 		return -ENOTCONN;
-	return enrolled(sk) ? -EINVAL : 0;
+	return enrolled(sk) ? refuse(REFUSAL_ULP) : 0;
 }
 
 SEC("lsm/socket_setsockopt")

@@ -12,6 +12,14 @@ import (
 	"github.com/cilium/ebpf"
 )
 
+type GuardRefusal uint32
+
+const (
+	GuardRefusalREFUSAL_SPLICE GuardRefusal = 0
+	GuardRefusalREFUSAL_ULP    GuardRefusal = 1
+	GuardRefusalREFUSALS       GuardRefusal = 2
+)
+
 // Names of all BPF objects in the ELF.
 //
 // Used for safe lookups in a Collection or CollectionSpec.

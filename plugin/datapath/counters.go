@@ -23,11 +23,14 @@ func (c Count) Plus(d Count) Count { return Count{c.Messages + d.Messages, c.Byt
 type Counters struct {
 	Messages    map[string]Count  `json:"messages"`
 	Connections map[string]uint64 `json:"connections"`
-	Events      map[string]uint64 `json:"events"` // and [EventSpliceRefused]
+	Events      map[string]uint64 `json:"events"` // and [EventSpliceRefused], [EventULPRefused]
 }
 
-// EventSpliceRefused is the label of calls that the splice guard has refused.
-const EventSpliceRefused = "splice_refused"
+// Labels of calls that the splice guard has refused.
+const (
+	EventSpliceRefused = "splice_refused"
+	EventULPRefused    = "ulp_refused"
+)
 
 // Counters sums the counters of all CPUs, and adds the splice guard's.
 func (s *Set) Counters() (Counters, error) {
@@ -50,8 +53,9 @@ func (s *Set) Counters() (Counters, error) {
 			c.Events[label] += cpu.Event[i]
 		}
 	}
-	var err error
-	c.Events[EventSpliceRefused], err = s.spliceRefused()
+	refused, err := s.guardRefusals()
+	c.Events[EventSpliceRefused] = refused[bpf.GuardRefusalREFUSAL_SPLICE]
+	c.Events[EventULPRefused] = refused[bpf.GuardRefusalREFUSAL_ULP]
 	return c, err
 }
 

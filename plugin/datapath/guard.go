@@ -56,7 +56,7 @@ var guardNames = map[Guard][guardHooks]string{
 	GuardFmodRet: {bpf.GuardProgGuardFmodRet, bpf.GuardProgGuardFmodRetUlp},
 }
 
-// guardPrograms are a form of the guard and its count of refused splices.
+// guardPrograms are a form of the guard and its count of refused calls.
 type guardPrograms struct {
 	progs   [guardHooks]*ebpf.Program
 	refused *ebpf.Map
@@ -169,7 +169,7 @@ func closeAll(links []link.Link) error {
 //	guard/lsm or guard/fmod_ret   the program for reads, in the form that is wanted; none: no guard
 //	guard/link                    exists while it is attached
 //	guard/...-ulp                 the same of the program for setsockopt(2)
-//	guard/refused                 the number of splices refused; stays when the form goes
+//	guard/refused                 the numbers of calls refused; stays when the form goes
 //
 // While a form is wanted, the bit RiskSplice of control.risks says that the guard is
 // not attached, so no socket can be enrolled unguarded. The layout directory's lock
@@ -287,20 +287,22 @@ func (g guardPins) refused() (*ebpf.Map, error) {
 	return m, nil
 }
 
-// spliceRefused is how many calls the guard has refused since the set was loaded.
-func (s *Set) spliceRefused() (n uint64, err error) {
+// guardRefusals is how many calls the guard has refused since the set was loaded.
+func (s *Set) guardRefusals() (n [bpf.GuardRefusalREFUSALS]uint64, err error) {
 	m := s.refused
 	if s.dir != "" {
 		if m, err = s.guardPins().refused(); err != nil {
-			return 0, err
+			return n, err
 		}
 		defer m.Close()
 	}
 	if m == nil {
-		return 0, nil
+		return n, nil
 	}
-	if err := m.Lookup(uint32(0), &n); err != nil {
-		return 0, fmt.Errorf("read the splice guard's counter: %w", err)
+	for what := range n {
+		if err := m.Lookup(uint32(what), &n[what]); err != nil {
+			return n, fmt.Errorf("read the splice guard's counter: %w", err)
+		}
 	}
 	return n, nil
 }

@@ -10,7 +10,7 @@ import (
 )
 
 // BenchmarkGuard measures system calls without a splice guard and with each form of
-// it: the guard runs for each read(2) and write(2) of the node. The metric ns/call
+// it: the guard runs for each read(2), write(2) and setsockopt(2) of the node. The metric ns/call
 // is the fastest of many batches, which other load on the machine disturbs least.
 func BenchmarkGuard(b *testing.B) {
 	for _, form := range append([]Guard{NoGuard}, Guards()...) {
@@ -41,6 +41,9 @@ func BenchmarkGuard(b *testing.B) {
 				{"write null", openFile("/dev/null"), unix.Write},
 				{"read zero", openFile("/dev/zero"), unix.Read},
 				{"read socket", openSocket, unix.Read}, // empty: EAGAIN
+				{"setsockopt", openSocket, func(fd int, _ []byte) (int, error) {
+					return 0, unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1)
+				}},
 			} {
 				b.Run(c.name, func(b *testing.B) {
 					fds, err := c.open()

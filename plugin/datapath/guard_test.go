@@ -216,8 +216,8 @@ func (s *guardSite) wantGuard(when string, attached bool) {
 func (s *guardSite) wantRefused(when string, n uint64) {
 	s.t.Helper()
 	c, err := s.Counters()
-	if err != nil || c.Events[EventSpliceRefused] != n {
-		s.t.Errorf("%s: %d calls refused, %v; want %d", when, c.Events[EventSpliceRefused], err, n)
+	if got := [...]uint64{c.Events[EventSpliceRefused], c.Events[EventULPRefused]}; err != nil || got != [...]uint64{n, n} {
+		s.t.Errorf("%s: %d calls refused, %v; want %d each", when, got, err, n)
 	}
 }
 

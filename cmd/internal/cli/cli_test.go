@@ -120,7 +120,7 @@ func (f *fake) Observe() (datapath.Observation, error) {
 		Counters: datapath.Counters{
 			Messages:    map[string]datapath.Count{"redirected": count, "not_read": {Messages: 1, Bytes: 500}, "plain": {}},
 			Connections: map[string]uint64{"enrolled": 1},
-			Events:      map[string]uint64{datapath.EventSpliceRefused: 3},
+			Events:      map[string]uint64{datapath.EventSpliceRefused: 3, datapath.EventULPRefused: 1},
 		},
 		Connections: []datapath.Connection{
 			{Client: end(7, "10.0.0.2:40000", "10.96.0.1:80", 0), Server: end(9, "10.0.0.3:8080", "10.0.0.2:40000", 12)},
@@ -243,7 +243,7 @@ func TestCommands(t *testing.T) {
 		{name: "status", args: "status --run-dir RUN", prepare: loaded, pod: true, out: []string{"socks 2 of 8", "Node:       closed:",
 			"2 connections accelerated now; 1.5 kB redirected in 2 messages, 500 B passed in 1 message (75.0 % bypassed)", "Passed:     not_read 1\n", "Handshakes: enrolled 1\n",
 			"POD     STATE     CONNECTIONS  REDIRECTED  PASSED  BYPASSED  PLAIN BECAUSE\nns/web  attached  1            1.5 kB      500 B   75.0 %    the kernel has not been probed"}},
-		{name: "status, guarded", args: "status --run-dir RUN", prepare: func(f *fake) { loaded(f); f.node.Guard = datapath.GuardLSM }, out: []string{"Splices:    3 refused\n"}},
+		{name: "status, guarded", args: "status --run-dir RUN", prepare: func(f *fake) { loaded(f); f.node.Guard = datapath.GuardLSM }, out: []string{"Splices:    3 refused\n", "kTLS:       1 attempt refused\n"}},
 		{name: "status, empty cache directory", args: "status --cni-cache-dir=", code: 2, err: "--cni-cache-dir has no value"},
 		{name: "connections", args: "connections --run-dir RUN", prepare: loaded, pod: true, out: []string{
 			"1m30s  client  ns/web    10.0.0.2:40000  10.96.0.1:80    1.5 kB      0 B     0 B     redirected\n" +

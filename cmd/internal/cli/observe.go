@@ -82,6 +82,9 @@ func statusText(r plugin.Report) string {
 		if refused := t.Events[datapath.EventSpliceRefused]; refused > 0 || r.Loaded.Guard != datapath.NoGuard {
 			line("Splices", "%d refused", refused)
 		}
+		if refused := t.Events[datapath.EventULPRefused]; refused > 0 {
+			line("kTLS", "%s refused", plural(refused, "attempt"))
+		}
 	}
 	for _, s := range r.Elsewhere {
 		line("Elsewhere", "%s", s)

@@ -82,6 +82,7 @@ var (
 		"peer_gone_timeout":         desc("peer_gone_timeouts_total", "Senders that were kept from waiting for a reader that is gone."),
 		"funneled":                  desc("funneled_segments_total", "Segments that came by TCP and were moved to the queue of redirected bytes."),
 		datapath.EventSpliceRefused: desc("splices_refused_total", "Calls of splice(2) and sendfile(2) from accelerated sockets that the splice guard refused."),
+		datapath.EventULPRefused:    desc("ulps_refused_total", "Calls of setsockopt(TCP_ULP), with which kTLS begins, on accelerated sockets that the splice guard refused."),
 		"trimmed_bytes":             desc("trimmed_bytes_total", "Bytes of retransmissions that were cut off as they had been moved before."),
 	}
 

@@ -47,7 +47,7 @@ func full() plugin.Report {
 }
 
 // eventLabels are those of the datapath and of the splice guard.
-var eventLabels = append(bpf.EventLabels[:], datapath.EventSpliceRefused)
+var eventLabels = append(bpf.EventLabels[:], datapath.EventSpliceRefused, datapath.EventULPRefused)
 
 func registry(t *testing.T, o Options) *prometheus.Registry {
 	t.Helper()
