@@ -331,16 +331,19 @@ func (j *job) startProber(load bool) {
 	}
 }
 
-// outdated tells if the gate, which is open, should be looked at again: a probe of
-// its verdict could not tell, some time ago, or there is another verdict by now. The
-// programs of another build are left as they are: this build's verdict is not theirs.
+// outdated tells if the gate, which is open, should be looked at again: this binary has
+// no verdict yet, as after an upgrade; a probe of its verdict could not tell, some time
+// ago; or the gate does not go by it.
 func (j *job) outdated(set Set, gate datapath.NodeSettings) bool {
 	v, err := j.p.Verdicts.Cached(j.conf.RunDir)
-	if err != nil || v.Inconclusive() {
-		return false
+	if err != nil {
+		return errors.Is(err, ErrNoVerdict)
+	}
+	if v.Inconclusive() {
+		return false // until it lapses
 	}
 	build, err := set.Build()
-	return err == nil && build == datapath.Build() && (v.Due || v.differs(j.conf, gate))
+	return err == nil && (v.Due || v.differs(j.conf, gate, build == datapath.Build()))
 }
 
 // lookAgain has the prober bring the gate up to date.

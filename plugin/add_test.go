@@ -231,7 +231,6 @@ func TestAddNodeGate(t *testing.T) {
 	t.Run("open already", func(t *testing.T) {
 		b := newBench(t)
 		b.datapath.loaded, b.datapath.node = true, datapath.NodeSettings{Open: true, SwitchedOff: true}
-		b.verdicts.cached = nil
 		b.mustAdd(request{})
 		if len(b.prober.starts) != 0 || b.datapath.called("SetNode") != 0 || b.datapath.called("Load") != 0 {
 			t.Errorf("prober %v, calls %v", b.prober.starts, b.datapath.calls)
@@ -319,22 +318,31 @@ func TestAddOutdated(t *testing.T) {
 		build   byte
 		starts  bool
 	}{
-		"as it should be":   {node: gate(epoll), verdict: verdict(gate(epoll))},
-		"switched off":      {node: datapath.NodeSettings{Open: true, SwitchedOff: true}, verdict: safe()},
-		"due":               {node: gate(epoll), verdict: due(gate(epoll)), starts: true},
-		"better":            {node: gate(epoll), verdict: safe(), starts: true},
-		"worse":             {node: gate(0), verdict: verdict(gate(epoll)), starts: true},
-		"MPTCP":             {node: gate(0), verdict: verdict(datapath.NodeSettings{Open: true, MPTCPListeners: true}), starts: true},
-		"needs the funnel":  {node: gate(0), verdict: verdict(datapath.NodeSettings{Open: true, Funnel: true}), starts: true},
-		"has had a funnel":  {node: datapath.NodeSettings{Open: true, Funnel: true}, verdict: safe()},
-		"unsupported":       {node: gate(0), verdict: &Verdict{}, starts: true},
-		"inconclusive":      {node: gate(0), verdict: inconclusive()},
-		"no verdict":        {node: gate(0)},
-		"another build":     {node: gate(0), verdict: due(gate(epoll)), build: 1},
-		"guard not wanted":  {node: gate(splice), verdict: verdict(datapath.NodeSettings{Open: true, Guard: datapath.GuardLSM}), conf: `"spliceGuard":"off"`},
-		"by another":        {node: gate(splice), verdict: verdict(datapath.NodeSettings{Open: true, Guard: datapath.GuardLSM})},
-		"guard is gone":     {node: datapath.NodeSettings{Open: true, Guard: datapath.GuardLSM}, verdict: verdict(gate(splice)), starts: true},
-		"no guard any more": {node: gate(splice), verdict: safe(), starts: true},
+		"as it should be":  {node: gate(epoll), verdict: verdict(gate(epoll))},
+		"switched off":     {node: datapath.NodeSettings{Open: true, SwitchedOff: true}, verdict: safe()},
+		"due":              {node: gate(epoll), verdict: due(gate(epoll)), starts: true},
+		"better":           {node: gate(epoll), verdict: safe(), starts: true},
+		"worse":            {node: gate(0), verdict: verdict(gate(epoll)), starts: true},
+		"MPTCP":            {node: gate(0), verdict: verdict(datapath.NodeSettings{Open: true, MPTCPListeners: true}), starts: true},
+		"needs the funnel": {node: gate(0), verdict: verdict(datapath.NodeSettings{Open: true, Funnel: true}), starts: true},
+		"has had a funnel": {node: datapath.NodeSettings{Open: true, Funnel: true}, verdict: safe()},
+		"unsupported":      {node: gate(0), verdict: &Verdict{}, starts: true},
+		"inconclusive":     {node: gate(0), verdict: inconclusive()},
+		// After an upgrade: the gate goes by another binary's verdict.
+		"no verdict":                     {node: gate(0), starts: true},
+		"another build, no verdict":      {node: gate(0), build: 1, starts: true},
+		"another build, due":             {node: gate(epoll), verdict: due(gate(epoll)), build: 1, starts: true},
+		"another build, inconclusive":    {node: gate(0), verdict: inconclusive(), build: 1},
+		"another build, as it should be": {node: gate(epoll), verdict: verdict(gate(epoll)), build: 1},
+		// What is known of other programs opens the gate no further for these.
+		"another build, better":      {node: gate(epoll), verdict: verdict(datapath.NodeSettings{Open: true, MPTCPListeners: true}), build: 1},
+		"another build, worse":       {node: gate(0), verdict: verdict(gate(epoll)), build: 1, starts: true},
+		"another build, MPTCP":       {node: datapath.NodeSettings{Open: true, MPTCPListeners: true}, verdict: safe(), build: 1, starts: true},
+		"another build, unsupported": {node: gate(0), verdict: &Verdict{}, build: 1, starts: true},
+		"guard not wanted":           {node: gate(splice), verdict: verdict(datapath.NodeSettings{Open: true, Guard: datapath.GuardLSM}), conf: `"spliceGuard":"off"`},
+		"by another":                 {node: gate(splice), verdict: verdict(datapath.NodeSettings{Open: true, Guard: datapath.GuardLSM})},
+		"guard is gone":              {node: datapath.NodeSettings{Open: true, Guard: datapath.GuardLSM}, verdict: verdict(gate(splice)), starts: true},
+		"no guard any more":          {node: gate(splice), verdict: safe(), starts: true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			b := newBench(t)

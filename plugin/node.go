@@ -196,7 +196,7 @@ func (n *Node) probe(ctx context.Context, conf Config, load bool, held *os.File)
 		return v, err
 	}
 	defer set.Close()
-	v, err = n.apply(ctx, conf, set, v)
+	v, err = n.update(ctx, conf, set, v)
 	return v, errors.Join(err, n.adopt(ctx, conf, set))
 }
 
@@ -219,16 +219,41 @@ func (n *Node) lockProbe(ctx context.Context, conf Config) (*os.File, error) {
 	return lockProbe(ctx, conf.RunDir)
 }
 
-// apply sets the node's gate to what the verdict says. Where the splice guard cannot be
-// loaded, it returns the verdict without it, and an error that wraps
-// [datapath.ErrGuard].
+// apply sets the node's gate to what the verdict says, as setGate does.
 func (n *Node) apply(ctx context.Context, conf Config, set Set, v Verdict) (Verdict, error) {
 	lock, err := n.lock(ctx, conf)
 	if err != nil {
 		return v, err
 	}
 	defer lock.Unlock()
-	err = set.SetNode(v.gate(conf))
+	return n.setGate(conf, set, v, v.gate(conf))
+}
+
+// update is apply where nobody has asked for it. A gate that is open stays as it is
+// while the verdict is inconclusive, and is not opened further for the programs of
+// another build, see [Verdict.over].
+func (n *Node) update(ctx context.Context, conf Config, set Set, v Verdict) (Verdict, error) {
+	lock, err := n.lock(ctx, conf)
+	if err != nil {
+		return v, err
+	}
+	defer lock.Unlock()
+	now, err := set.Node()
+	if err != nil || now.Open && v.Inconclusive() {
+		return v, err
+	}
+	build, err := set.Build()
+	if err != nil {
+		return v, err
+	}
+	return n.setGate(conf, set, v, v.over(conf, now, build == datapath.Build()))
+}
+
+// setGate sets the node's gate. Where the splice guard cannot be loaded, it returns
+// the verdict without it, and an error that wraps [datapath.ErrGuard]. The lock is
+// held.
+func (n *Node) setGate(conf Config, set Set, v Verdict, gate datapath.NodeSettings) (Verdict, error) {
+	err := set.SetNode(gate)
 	if !errors.Is(err, datapath.ErrGuard) {
 		return v, err
 	}

@@ -187,6 +187,62 @@ func TestProbeAgain(t *testing.T) {
 	}
 }
 
+// After an upgrade the prober has the gate go by the new binary's verdict. Meanwhile,
+// and where that comes to nothing, the gate stays as it is.
+func TestProbeAfterUpgrade(t *testing.T) {
+	const epoll, splice = datapath.RiskEpoll, datapath.RiskSplice
+	type gate = datapath.NodeSettings
+	risky := gate{Open: true, Risks: epoll}
+	guarded := gate{Open: true, Guard: datapath.GuardLSM}
+	for name, tc := range map[string]struct {
+		was       gate
+		probed    *Verdict // nil: probing fails
+		same, not gate     // by it, where the loaded programs are of this build, or not
+	}{
+		"further risk":     {gate{Open: true}, &Verdict{Supported: true, Node: risky}, risky, risky},
+		"less risk":        {risky, safe(), gate{Open: true}, risky},
+		"unsupported":      {risky, &Verdict{}, gate{}, gate{Risks: epoll}},
+		"inconclusive":     {risky, inconclusive(), risky, risky},
+		"probing fails":    {risky, nil, risky, risky},
+		"MPTCP":            {gate{Open: true}, &Verdict{Supported: true, Node: gate{Open: true, MPTCPListeners: true}}, gate{Open: true, MPTCPListeners: true}, gate{Open: true}},
+		"guarded by now":   {gate{Open: true}, &Verdict{Supported: true, Node: guarded}, guarded, guarded},
+		"guard not wanted": {gate{Open: true, Risks: splice}, &Verdict{Supported: true, Node: guarded}, guarded, gate{Open: true, Risks: splice}},
+		"guard works not":  {guarded, &Verdict{Supported: true, Node: gate{Open: true, Risks: splice}}, gate{Open: true, Risks: splice}, gate{Open: true, Risks: splice}},
+		"guard not needed": {guarded, safe(), gate{Open: true}, guarded},
+		"switched off":     {gate{Open: true, SwitchedOff: true}, &Verdict{Supported: true, Node: risky}, gate{Open: true, SwitchedOff: true, Risks: epoll}, gate{Open: true, SwitchedOff: true, Risks: epoll}},
+	} {
+		for build, want := range []gate{tc.same, tc.not} {
+			t.Run(fmt.Sprintf("%s, build %d", name, build), func(t *testing.T) {
+				b := newBench(t)
+				b.datapath.loaded, b.datapath.node = true, tc.was
+				b.datapath.programs[0] += byte(build)
+				b.verdicts.cached, b.verdicts.probed = nil, tc.probed
+				// It does not come in between either.
+				b.datapath.during = func(op string) {
+					if now := b.datapath.node; op != "SetNode" && now != tc.was && now != want {
+						t.Errorf("gate %+v at %s", now, op)
+					}
+				}
+				b.mustAdd(request{})
+				if !slices.Equal(b.prober.starts, []bool{false}) {
+					t.Fatalf("prober %v", b.prober.starts)
+				}
+				if _, err := b.node().Probe(t.Context(), b.config(), false, nil); (err != nil) != (tc.probed == nil) {
+					t.Errorf("error %v", err)
+				}
+				if b.datapath.node != want || b.verdicts.probes != 1 {
+					t.Errorf("gate %+v after %d probes, want %+v", b.datapath.node, b.verdicts.probes, want)
+				}
+				// The next ADD is content, unless it has to be tried again.
+				b.mustAdd(request{container: "c2"})
+				if again := tc.probed == nil; len(b.prober.starts) > 1 != again {
+					t.Errorf("prober %v", b.prober.starts)
+				}
+			})
+		}
+	}
+}
+
 // A guard that cannot be loaded is left out of the verdict, and tried again when that
 // is due.
 func TestProbeGuardFails(t *testing.T) {

@@ -93,12 +93,24 @@ func (s Standing) Compare(conf Config, v *verdict.Verdict) (Update, []string) {
 	case !s.SameBuild:
 		update = UpdateByLoad
 	case want == now:
-	case !judged.Inconclusive() && judged.differs(conf, now):
+	case !judged.Inconclusive() && judged.differs(conf, now, true):
 		update = UpdateByADD
 	default:
 		update = UpdateByLoad
 	}
 	return update, differences(now, want)
+}
+
+// After is the gate, which is open, once the ADD of a pod has had it brought up to date
+// by a verdict of this build that is stored.
+func (s Standing) After(conf Config, v *verdict.Verdict) datapath.NodeSettings {
+	judged := asVerdict(v)
+	if judged.Inconclusive() || !judged.differs(conf, s.Node, s.SameBuild) {
+		return s.Node
+	}
+	gate := judged.over(conf, s.Node, s.SameBuild)
+	gate.SwitchedOff = s.Node.SwitchedOff
+	return gate
 }
 
 func differences(now, want datapath.NodeSettings) (all []string) {

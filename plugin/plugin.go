@@ -111,11 +111,31 @@ func (v Verdict) gate(conf Config) datapath.NodeSettings {
 	return gate
 }
 
-// differs tells if the node's gate is not what the verdict asks for. The guard, and
-// the risk that goes with it, are left out where the verdict has one: the
-// configuration of another network may not want it.
-func (v Verdict) differs(conf Config, node datapath.NodeSettings) bool {
+// over is the gate that the verdict asks for where one is open already. Programs of
+// this build are to go by the verdict. Those of another have been found to do with
+// what they have; that they do with less, this verdict cannot tell, but it may know of
+// a risk that nobody knew of then.
+func (v Verdict) over(conf Config, now datapath.NodeSettings, sameBuild bool) datapath.NodeSettings {
 	want := v.gate(conf)
+	if sameBuild || !now.Open {
+		return want
+	}
+	switch splice := datapath.RiskSplice; {
+	case now.Guard == datapath.NoGuard && now.Risks&splice != 0:
+		want.Guard = datapath.NoGuard
+	case want.Guard == datapath.NoGuard && want.Risks&splice == 0:
+		want.Guard = now.Guard
+	}
+	want.Risks |= now.Risks
+	want.MPTCPListeners = want.MPTCPListeners && now.MPTCPListeners
+	return want
+}
+
+// differs tells if the node's gate, which is open, is not what the verdict asks for.
+// The guard, and the risk that goes with it, are left out where the verdict has one:
+// the configuration of another network may not want it.
+func (v Verdict) differs(conf Config, node datapath.NodeSettings, sameBuild bool) bool {
+	want := v.over(conf, node, sameBuild)
 	want.Funnel = want.Funnel || node.Funnel // it stays
 	want.SwitchedOff = node.SwitchedOff
 	if v.Node.Guard != datapath.NoGuard {

@@ -242,9 +242,12 @@ func (e *examination) foresee(rootErr error) {
 	if e.ProbeError == "" {
 		e.compare()
 	}
-	// What the next ADD has changed counts: the pods' connections follow at once.
-	if standing.Loaded && standing.Node.Open && (!e.Stored || e.Update != plugin.UpdateByADD) {
+	if standing.Loaded && standing.Node.Open {
 		gate = standing.Node
+		if e.Stored {
+			// What the next ADD has changed counts: the pods' connections follow at once.
+			gate = standing.After(e.Config, e.Verdict)
+		}
 	}
 	if standing.Loaded && standing.MaxConnections != e.Config.MaxConnections {
 		e.Notes = append(e.Notes, fmt.Sprintf("the datapath was loaded for %d connections: maxConnections takes effect when it is loaded again", standing.MaxConnections))

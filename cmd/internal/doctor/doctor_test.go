@@ -321,6 +321,11 @@ func TestOutlook(t *testing.T) {
 		}, plugin.Plain, plugin.Accelerated, "goes on so, as this one is not stored"},
 		"unsupported by now": {disorder, func(b *bench) { b.loaded.loaded, b.loaded.node.Open = true, true },
 			plugin.Plain, plugin.Plain, "it accelerates, and should not"},
+		"another build, further risk": {splice, func(b *bench) { b.loaded.loaded, b.loaded.node.Open, b.loaded.build = true, true, 1 },
+			plugin.Plain, plugin.Accelerated, "of another build than this verdict"},
+		"another build, less risk": {nil, func(b *bench) {
+			b.loaded.loaded, b.loaded.node, b.loaded.build = true, datapath.NodeSettings{Open: true, Risks: datapath.RiskEpoll}, 1
+		}, plugin.Plain, plugin.Accelerated, "of another build than this verdict"},
 		"busy, loaded": {busy, func(b *bench) { b.loaded.loaded, b.loaded.node.Open = true, true },
 			plugin.Accelerated, plugin.Accelerated, "as this one is inconclusive"},
 		"unsafe run directory": {nil, func(b *bench) { b.chmodRunDir(0o777) }, plugin.Plain, plugin.Plain, "can be written by others (mode 0777)"},
