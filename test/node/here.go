@@ -21,6 +21,8 @@ type HereOptions struct {
 	CgroupRoot string   // the cgroup2 mount
 	PluginDirs []string // where CNI plugins are
 	Log        io.Writer
+	// Sweeping is called before each pod is deleted that a killed caller left; nil: not.
+	Sweeping func(pod, network string)
 }
 
 // Here returns this machine as a node, for pods beside those that it has: they are
@@ -85,12 +87,17 @@ func removeEmpty(dir string) error {
 
 // SweepHere removes what callers of [Here] left when they were killed: attachments
 // (with DEL, so that leases and interfaces go), network namespaces, directories,
-// cgroups. What a live caller has is not touched.
+// cgroups. What a live caller has is not touched. A pod is deleted by the plugins that made
+// it, or else by those in PluginDirs; if one of them fails, its record stays for another
+// try.
 func SweepHere(ctx context.Context, o HereOptions) error {
 	err := Sweep(ctx, o.CgroupRoot)
 	ctx, cancel := context.WithTimeout(ctx, closeTimeout)
 	defer cancel()
-	podsErr := sweep(o.Dir, func(dir string) error { return sweepPods(ctx, dir, o.PluginDirs) })
+	podsErr := sweep(o.Dir, func(dir string) error { return sweepPods(ctx, dir, o) })
+	if podsErr == nil {
+		podsErr = removeEmpty(o.Dir)
+	}
 	if _, missing := os.Stat(o.Dir); errors.Is(missing, fs.ErrNotExist) {
 		podsErr = nil // there are none, or the last one's caller has just removed it
 	}
@@ -98,7 +105,7 @@ func SweepHere(ctx context.Context, o HereOptions) error {
 }
 
 // sweepPods deletes the pods of a killed caller.
-func sweepPods(ctx context.Context, dir string, pluginDirs []string) error {
+func sweepPods(ctx context.Context, dir string, o HereOptions) error {
 	records, err := filepath.Glob(filepath.Join(dir, journalPrefix+"*"))
 	if err != nil {
 		return err
@@ -109,7 +116,7 @@ func sweepPods(ctx context.Context, dir string, pluginDirs []string) error {
 	}
 	var failed []error
 	for _, path := range records {
-		failed = append(failed, deleteRecorded(ctx, own, path, pluginDirs))
+		failed = append(failed, deleteRecorded(ctx, own, path, o))
 	}
 	failed = append(failed, own.close())
 	if err := errors.Join(failed...); err != nil {
@@ -135,6 +142,7 @@ type record struct {
 	Conflist   json.RawMessage
 	Runtime    libcni.RuntimeConf
 	PluginDirs []string
+	CgroupRoot string // has the caller's cgroup
 }
 
 func (p *Pod) recordPath(ifName string) string {
@@ -147,7 +155,7 @@ func (p *Pod) note(list *libcni.NetworkConfigList, ifName string) error {
 	if !p.node.journal {
 		return nil
 	}
-	content, err := json.Marshal(record{list.Bytes, *p.RuntimeConf(ifName), p.node.pluginDirs})
+	content, err := json.Marshal(record{list.Bytes, *p.RuntimeConf(ifName), p.node.pluginDirs, filepath.Dir(p.node.CgroupRoot)})
 	if err == nil {
 		err = os.WriteFile(p.recordPath(ifName), content, 0o600)
 	}
@@ -166,7 +174,7 @@ func (p *Pod) forgetNote(ifName string) error {
 }
 
 // deleteRecorded looks for plugins where ADD found them, and in further directories.
-func deleteRecorded(ctx context.Context, own *thread, path string, further []string) error {
+func deleteRecorded(ctx context.Context, own *thread, path string, o HereOptions) error {
 	content, err := os.ReadFile(path)
 	if err != nil {
 		return err
@@ -180,7 +188,15 @@ func deleteRecorded(ctx context.Context, own *thread, path string, further []str
 	if err != nil {
 		return fmt.Errorf("%s: %w", path, err)
 	}
-	cni := libcni.NewCNIConfigWithCacheDir(append(r.PluginDirs, further...), filepath.Join(filepath.Dir(path), "cache"), &pluginExec{thread: own, log: io.Discard})
+	if o.Sweeping != nil {
+		o.Sweeping(r.Runtime.ContainerID, list.Name)
+	}
+	if r.CgroupRoot != "" && r.CgroupRoot != o.CgroupRoot {
+		if err := Sweep(ctx, r.CgroupRoot); ignoreMissing(err) != nil {
+			return err
+		}
+	}
+	cni := libcni.NewCNIConfigWithCacheDir(append(r.PluginDirs, o.PluginDirs...), filepath.Join(filepath.Dir(path), "cache"), &pluginExec{thread: own, log: io.Discard})
 	if err := cni.DelNetworkList(ctx, list, &r.Runtime); err != nil {
 		return fmt.Errorf("delete pod %s, which a killed one left in network %s: %w", r.Runtime.ContainerID, list.Name, err)
 	}

@@ -77,7 +77,8 @@ network, cgroup and PID namespaces: nothing of this machine is touched, and
 everything is removed at the end. They are made through libcni by the chain
 bridge, host-local, skipstack; where the first two are not in --cni-path, veth
 and bridge are made by netlink. With --conflist the two pods are made on this
-node by a chain of your own.
+node by a chain of your own. What a killed bench has left is removed first,
+such pods by the plugins that made them.
 
 Plain and accelerated runs differ only in the cgroup of the processes, and
 alternate. Where the ratio of a point is uncertain after the pairs of runs that

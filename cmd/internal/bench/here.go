@@ -37,7 +37,38 @@ type hereOptions struct {
 }
 
 func (o hereOptions) node(log io.Writer) node.HereOptions {
-	return node.HereOptions{Dir: o.dir, CgroupRoot: o.cgroupRoot, PluginDirs: []string{o.cniPath}, Log: log}
+	return node.HereOptions{
+		Dir: o.dir, CgroupRoot: o.cgroupRoot, PluginDirs: []string{o.cniPath}, Log: log,
+		Sweeping: func(pod, network string) {
+			fmt.Fprintf(o.stderr, "bench: removing pod %s of network %s, which a killed bench left on this node\n", pod, network)
+		},
+	}
+}
+
+// findCgroupRoot finds the machine's cgroup2 mount.
+func findCgroupRoot() (string, error) { return podcgroup.FindRoot("/sys/fs/cgroup", "/proc") }
+
+// sweepHere removes what a killed bench with pods on this node itself left there, in front
+// of a bench that makes none: that needs nothing of the node, and goes on where the sweep
+// fails.
+func (o options) sweepHere(ctx context.Context, c Config) error {
+	root, err := findCgroupRoot()
+	if err != nil {
+		return nil // node.Isolate says so
+	}
+	cniPath, err := filepath.Abs(o.cniPath)
+	if err != nil {
+		return fmt.Errorf("--cni-path: %w", err)
+	}
+	err = node.SweepHere(ctx, hereOptions{dir: hereDir, cgroupRoot: root, cniPath: cniPath, stderr: c.ErrOut}.node(io.Discard))
+	if ctx.Err() != nil {
+		return errors.Join(errors.New("interrupted: nothing is proven, and nothing was created"), err)
+	}
+	if err != nil {
+		fmt.Fprintf(c.ErrOut, "bench: not all that a killed bench left on this node could be removed: %s; `skipstack bench --quick` tries again, with --cni-path DIR by the plugins in DIR, too\n",
+			strings.ReplaceAll(err.Error(), "\n", "; "))
+	}
+	return nil
 }
 
 // readChain reads the user's conflist and checks that it can be run: skipstack must be
@@ -75,7 +106,7 @@ func readChain(conflist, cniPath string) (o hereOptions, err error) {
 	}
 	o.cniPath, o.dir, o.cgroupRoot = cniPath, hereDir, o.config.CgroupRoot
 	if o.cgroupRoot == "" {
-		o.cgroupRoot, err = podcgroup.FindRoot("/sys/fs/cgroup", "/proc")
+		o.cgroupRoot, err = findCgroupRoot()
 	}
 	return o, err
 }

@@ -193,6 +193,64 @@ func TestHereKilled(t *testing.T) {
 	clean(t, n, leases)
 }
 
+// TestHereKilledSweptByPrivate: what a killed bench leaves on the node is removed by the next
+// one with a private node, too, which goes on where it cannot be. A live bench keeps what
+// it has.
+func TestHereKilledSweptByPrivate(t *testing.T) {
+	conflist, n, leases := machine(t, "auto")
+	dir := pluginDir(t, "exit 1", "exit 1", chainPlugins...)
+	out, code := disturbedHere(t, conflist, "data verified", func(pid int) { _ = unix.Kill(pid, unix.SIGKILL) }, "--cni-path="+dir)
+	records := func() []string {
+		left, err := filepath.Glob(filepath.Join(hereDir, "*/attachment-*"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return left
+	}
+	if left := records(); code == 0 || len(left) != 2 {
+		t.Fatalf("SIGKILL: exit code %d, left %v\n%s", code, left, out)
+	}
+	alive := filepath.Join(hereDir, "skipstack-node-1-alive")
+	if err := os.Mkdir(alive, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	lock, err := os.Open(alive)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer lock.Close()
+	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(alive, "attachment-of-another"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	private := func(cniPath string) string {
+		t.Helper()
+		out, err := program("--quick", "--tests=crr", "--paths=pod", "--max-pairs=5", "--cni-path="+cniPath).CombinedOutput()
+		if err != nil {
+			t.Errorf("a bench with a private node: %v\n%s", err, out)
+		}
+		return string(out)
+	}
+
+	if err := os.Remove(filepath.Join(dir, "bridge")); err != nil {
+		t.Fatal(err)
+	}
+	out = private(t.TempDir())
+	if left := records(); strings.Count(out, "bench: not all that a killed bench left on this node") != 1 || len(left) != 3 {
+		t.Errorf("without a plugin that DEL needs: left %v\n%s", left, out)
+	}
+	out = private(node.ProgramDir())
+	if left := records(); strings.Count(out, "bench: removing pod ") != 2 || strings.Contains(out, "not all") || len(left) != 1 {
+		t.Errorf("left %v\n%s", left, out)
+	}
+	if err := os.RemoveAll(hereDir); err != nil {
+		t.Fatal(err)
+	}
+	clean(t, n, leases)
+}
+
 // TestHereFailedDelete: where ADD fails or is interrupted and DEL fails too, the bench says
 // that something is left, and the next one removes it.
 func TestHereFailedDelete(t *testing.T) {
@@ -361,9 +419,9 @@ func closedPipe(t *testing.T, cmd *exec.Cmd) {
 }
 
 // disturbedHere runs the bench, and disturb after a line on standard error.
-func disturbedHere(t *testing.T, conflist, after string, disturb func(pid int)) (said string, code int) {
+func disturbedHere(t *testing.T, conflist, after string, disturb func(pid int), more ...string) (said string, code int) {
 	t.Helper()
-	cmd := program(hereArgs(conflist)...)
+	cmd := program(hereArgs(conflist, more...)...)
 	var out, errs bytes.Buffer
 	cmd.Stdout = &out
 	stderr, err := cmd.StderrPipe()

@@ -36,6 +36,9 @@ func outside(ctx context.Context, c Config, o options, args []string) error {
 	case o.conflist != "":
 		return here(ctx, c, o, chain)
 	}
+	if err := o.sweepHere(ctx, c); err != nil {
+		return &ExitError{ExitNotProven, err}
+	}
 	resultRead, resultWrite, err := os.Pipe()
 	if err != nil {
 		return &ExitError{ExitNotProven, err}
