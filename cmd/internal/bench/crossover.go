@@ -3,7 +3,6 @@ package bench
 import (
 	"cmp"
 	"fmt"
-	"math"
 	"slices"
 	"strings"
 )
@@ -72,14 +71,8 @@ func crossover(points []Result) string {
 	case len(slower) == len(points):
 		return fmt.Sprintf("plain TCP is faster here at every size, %s", span)
 	case crossing == len(slower):
-		return fmt.Sprintf("below about %.0f bytes one-way, plain TCP is faster here", between(points[crossing-1], points[crossing]))
+		// Nothing was measured between the two.
+		return fmt.Sprintf("below a size between %s and %s one-way, plain TCP is faster here", points[crossing-1].message(), points[crossing].message())
 	}
 	return fmt.Sprintf("plain TCP is faster here at %s, of %s", strings.Join(slower, ", "), span)
-}
-
-// between is the size at which the ratio passes 1 between two points, if it were a
-// straight line over the logarithm of the size.
-func between(slower, faster Result) float64 {
-	part := (1 - slower.Speedup) / (faster.Speedup - slower.Speedup)
-	return float64(slower.RequestBytes) * math.Pow(float64(faster.RequestBytes)/float64(slower.RequestBytes), part)
 }

@@ -158,7 +158,7 @@ func TestPage(t *testing.T) {
 	}{
 		// Five charts of each path and placement that has streams and transactions.
 		{quickSet, false, 5 + 2 + 3, []string{"Plain TCP is faster at:", "crr pod same-cpu 64/64 B: 0.97±0.03 of the plain rate", "Service IP"}},
-		{defaultSet, false, 2*5 + 3*5, []string{"below about", "TCP_NODELAY"}},
+		{defaultSet, false, 2*5 + 3*5, []string{"below a size between", "TCP_NODELAY"}},
 		{fullSet, true, 8 * 5, []string{"AF_UNIX", "x256"}},
 	} {
 		page, pictures := encodePage(t, syntheticReport(t, c.set, c.unix))
