@@ -211,7 +211,7 @@ func (r *Report) writeJSON(w io.WriteCloser) error {
 }
 
 // csvColumns are the fields of a point in CSV, named as in JSON; those of plain,
-// accelerated and unix have the kind before them, as plain_p50_ns.
+// accelerated and unix have the kind before them, as plain_p50_ns. New ones go to the end.
 func csvColumns() []string {
 	columns := []string{"test", "path", "placement", "request_bytes", "response_bytes", "nodelay", "connections"}
 	for _, kind := range csvKinds {
@@ -222,8 +222,12 @@ func csvColumns() []string {
 			columns = append(columns, kind+"_"+figure)
 		}
 	}
-	return append(columns, "speedup", "payload_bytes", "redirected_bytes", "tcp_bytes", "repeats", "mad", "proof", "standard_error", "uncertain")
+	return append(columns, "speedup", "payload_bytes", "redirected_bytes", "tcp_bytes", "repeats", "mad", "proof", "standard_error", "uncertain", incompleteColumn)
 }
+
+// incompleteColumn is of the whole run, the same on each line: whether an error or an
+// interruption ended it early, so that points are missing. JSON has which.
+const incompleteColumn = "incomplete"
 
 var csvKinds = []string{"plain", "accelerated", "unix"}
 
@@ -238,6 +242,7 @@ func (r *Report) encodeCSV(w io.Writer) error {
 		if err != nil {
 			return fmt.Errorf("write the results: %w", err)
 		}
+		fields[incompleteColumn] = r.Header.Incomplete != ""
 		line := make([]string, len(columns))
 		for i, column := range columns {
 			if v := fields[column]; v != nil {

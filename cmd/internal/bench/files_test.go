@@ -20,13 +20,9 @@ func TestCSV(t *testing.T) {
 	with := widest(Stream)
 	with.Unix = &Figures{BytesPerSecond: 3.25e9, CPU: 0.5}
 	r.Points = []Result{widest(RequestResponse), with}
-	var b bytes.Buffer
-	if err := r.encodeCSV(&b); err != nil {
-		t.Fatal(err)
-	}
-	lines, err := csv.NewReader(&b).ReadAll() // checks that all have as many fields
-	if err != nil || len(lines) != 3 {
-		t.Fatalf("%v, %v", lines, err)
+	lines := encodedCSV(t, r)
+	if len(lines) != 3 {
+		t.Fatalf("%v", lines)
 	}
 	cell := func(line int, column string) string {
 		i := slices.Index(lines[0], column)
@@ -44,12 +40,37 @@ func TestCSV(t *testing.T) {
 		{1, "nodelay", "true"}, {1, "connections", "1"}, {1, "plain_transactions_per_s", "123456"}, {1, "accelerated_p99_ns", "123456789"},
 		{1, "unix_cpu_s", ""}, {2, "unix_cpu_s", "0.5"}, {2, "unix_throughput_bytes_per_s", "3250000000"}, {2, "plain_p50_ns", "123456789"},
 		{1, "speedup", "12.34"}, {1, "payload_bytes", "12340000000"}, {1, "redirected_bytes", "12340000000"}, {1, "tcp_bytes", "0"},
-		{1, "repeats", "25"}, {1, "uncertain", "true"}, {1, "standard_error", "1.11"}, {1, "mad", "1.23"}, {1, "proof", "overflow"},
+		{1, "repeats", "25"}, {1, "uncertain", "true"}, {1, "standard_error", "1.11"}, {1, "mad", "1.23"}, {1, "proof", "overflow"}, {1, "incomplete", "false"},
 	} {
 		if got := cell(c.line, c.column); got != c.want {
 			t.Errorf("%s of line %d is %q, want %q", c.column, c.line, got, c.want)
 		}
 	}
+	r.Header.Incomplete = "interrupted,\nor \"so\""
+	incomplete := encodedCSV(t, r)
+	if !slices.Equal(incomplete[0], lines[0]) {
+		t.Errorf("other columns: %v", incomplete[0])
+	}
+	for i, line := range incomplete[1:] {
+		if last := len(line) - 1; line[last] != "true" || !slices.Equal(line[:last], lines[i+1][:last]) {
+			t.Errorf("of an incomplete run: %v", line)
+		}
+	}
+}
+
+// encodedCSV reads back what is written; the reader checks that all lines have as many
+// fields.
+func encodedCSV(t *testing.T, r *Report) [][]string {
+	t.Helper()
+	var b bytes.Buffer
+	if err := r.encodeCSV(&b); err != nil {
+		t.Fatal(err)
+	}
+	lines, err := csv.NewReader(&b).ReadAll()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return lines
 }
 
 func TestWriteFiles(t *testing.T) {
