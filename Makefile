@@ -21,6 +21,9 @@ say = @printf '  %-8s %s\n' $(1) $(2)
 # commit), which git refuses to tell where the checkout belongs to somebody else.
 VCS := $(if $(shell git rev-parse --git-dir 2>&1 >/dev/null),-buildvcs=false,-buildvcs=auto)
 BUILD := CGO_ENABLED=0 $(GO) build -trimpath -ldflags='-s -w' $(VCS)
+# Runs a program of test/ as the recipe's own process: a signal that ends `go run`
+# would leave it running.
+tool = $(GO) build $(VCS) -o .cache/bin/$(1) ./test/$(1) && exec .cache/bin/$(1)
 
 CNI_PLUGINS := plugins/main/bridge plugins/main/ptp plugins/main/loopback plugins/ipam/host-local plugins/meta/portmap
 
@@ -74,7 +77,7 @@ test-integration: ## Run the tests that need root, each package in a private nod
 .PHONY: test-software
 test-software: ## As root: run real software between pods, plain and accelerated; needs apt
 	$(call say,SOFTWARE,.)
-	$(Q)$(GO) run ./test/software $(REPORTFLAGS) $(SOFTWAREFLAGS)
+	$(Q)$(call tool,software) $(REPORTFLAGS) $(SOFTWAREFLAGS)
 
 # What docs/benchmarks.md and the README show. On an idle machine; up to an hour and a
 # half, as the full set takes all the pairs that it needs. The kernel's default congestion
@@ -108,7 +111,7 @@ test-runtimes: ## As root: run pods on containerd 1.6 and 2.x, over CRI; needs a
 .PHONY: test-vm
 test-vm: ## Run tests on other kernels under QEMU: KERNEL=6.1, or all; VMFLAGS='-set full' for every test there, VMFLAGS='-arch arm64'; needs apt, no root
 	$(call say,VM,$(or $(KERNEL),'all kernels'))
-	$(Q)$(GO) run ./test/vm $(if $(KERNEL),-kernel $(KERNEL)) $(REPORTFLAGS) $(VMFLAGS)
+	$(Q)$(call tool,vm) $(if $(KERNEL),-kernel $(KERNEL)) $(REPORTFLAGS) $(VMFLAGS)
 
 # The tiers that docs/support.md is made of: what is not run again stays as it is there,
 # each kernel by itself (TIERS=vm KERNEL=6.12).
@@ -125,7 +128,7 @@ support: ## As root: run the tests on runtimes and kernels, and write docs/suppo
 .PHONY: test-kubelet
 test-kubelet: ## Run pods by a kubelet and kube-proxy under QEMU; needs apt, no root (half an hour, then 15 minutes)
 	$(call say,KUBELET,.)
-	$(Q)$(GO) run ./test/kubelet $(REPORTFLAGS) $(KUBELETFLAGS)
+	$(Q)$(call tool,kubelet) $(REPORTFLAGS) $(KUBELETFLAGS)
 
 .PHONY: test-mutation
 test-mutation: clang ## Take the datapath's rules out one by one; a test must fail for each (long)

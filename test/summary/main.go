@@ -27,6 +27,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"syscall"
@@ -111,9 +112,11 @@ func runStep(dir, name string, command []string, allowed allowList, out, errs io
 	cmd := exec.Command(command[0], command[1:]...)
 	cmd.Env = append(os.Environ(), report.Env+"="+own)
 	cmd.Stderr = errs
-	// It hears of a terminal's signals as this process does, and of others from here.
 	signals := make(chan os.Signal, 1)
 	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
+	if !signal.Ignored(syscall.SIGHUP) { // as under nohup(1)
+		signal.Notify(signals, syscall.SIGHUP)
+	}
 	defer signal.Stop(signals)
 	suites, runErr := runTests(cmd, signals, allowed, out)
 	s.Seconds = time.Since(s.Started).Seconds()
@@ -151,12 +154,18 @@ func ignoreMissing(err error) error {
 	return err
 }
 
-// runTests runs the command and reads its output.
+// runTests runs the command and reads its output. Signals go to all that the command
+// has started in its process group: make tells its children of some only, the go
+// command tells none.
 func runTests(cmd *exec.Cmd, signals <-chan os.Signal, allowed allowList, out io.Writer) ([]report.Suite, error) {
 	pipe, err := cmd.StdoutPipe()
 	if err != nil {
 		return nil, err
 	}
+	// The parent-death signal is sent when the thread that started the child ends.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGTERM}
 	if err := cmd.Start(); err != nil {
 		return nil, err
 	}
@@ -166,9 +175,7 @@ func runTests(cmd *exec.Cmd, signals <-chan os.Signal, allowed allowList, out io
 		for {
 			select {
 			case s := <-signals:
-				if s == syscall.SIGTERM {
-					_ = cmd.Process.Signal(s)
-				}
+				_ = unix.Kill(-cmd.Process.Pid, s.(syscall.Signal))
 			case <-ended:
 				return
 			}

@@ -1,10 +1,14 @@
 package main
 
 import (
+	"io"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
+	"time"
 
 	"github.com/skipstack/skipstack/test/report"
 )
@@ -153,4 +157,35 @@ func TestUsage(t *testing.T) {
 	}
 	contains(t, call(t, failed, "-dir", t.TempDir(), "table"), "no step was run")
 	contains(t, call(t, failed, "-dir", t.TempDir(), "-allow", write(t, "allow", "bpf TestB"), "step", "x", "true"), "want package, test and reason")
+}
+
+// A signal ends all that a step's command has started, not only the command itself.
+func TestSignalEndsAll(t *testing.T) {
+	for _, s := range []os.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP} {
+		t.Run(s.String(), func(t *testing.T) {
+			out, in := io.Pipe()
+			signals := make(chan os.Signal, 1)
+			ended := make(chan error, 1)
+			// Both shells' children keep the output open while they live.
+			cmd := exec.Command("sh", "-c", "sh -c 'echo started; sleep 1000; :' ; :")
+			go func() {
+				_, err := runTests(cmd, signals, nil, in)
+				ended <- err
+			}()
+			line := make([]byte, len("started\n"))
+			if _, err := io.ReadFull(out, line); err != nil || string(line) != "started\n" {
+				t.Fatalf("%q, %v", line, err)
+			}
+			signals <- s
+			select {
+			case err := <-ended:
+				if err == nil {
+					t.Error("the command ended well")
+				}
+			case <-time.After(time.Minute):
+				t.Error("what the command has started lives on")
+				_ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL)
+			}
+		})
+	}
 }
