@@ -172,7 +172,10 @@ func (p *pod) skipped(t *testing.T, reason string) {
 }
 
 // A conversation is what peer's talk prints.
-type conversation struct{ Bytes, SentByTCP, ReceivedByTCP uint64 }
+type conversation struct {
+	Bytes, SentByTCP, ReceivedByTCP uint64
+	Failure                         string
+}
 
 const messages = 500
 
@@ -180,6 +183,9 @@ const messages = 500
 func (p *pod) talk(t *testing.T, addr string) (c conversation) {
 	t.Helper()
 	wait(t, func() error { return p.run(&c, "talk", addr, strconv.Itoa(messages)) })
+	if c.Failure != "" {
+		t.Fatalf("%s: %s", addr, c.Failure)
+	}
 	return c
 }
 

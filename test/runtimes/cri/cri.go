@@ -24,14 +24,27 @@ type Client struct {
 	logs string
 }
 
+// callLimit is how long a call may take whose context has no deadline.
+const callLimit = 5 * time.Minute
+
 // Dial returns a client for the runtime that serves socket. Logs of containers are
 // kept below logs.
 func Dial(socket, logs string) (*Client, error) {
-	conn, err := grpc.NewClient("unix://"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	conn, err := grpc.NewClient("unix://"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithUnaryInterceptor(limit))
 	if err != nil {
 		return nil, fmt.Errorf("talk to %s: %w", socket, err)
 	}
 	return &Client{conn: conn, api: runtime.NewRuntimeServiceClient(conn), logs: logs}, nil
+}
+
+// limit lets a call to a runtime that hangs fail.
+func limit(ctx context.Context, method string, req, reply any, conn *grpc.ClientConn, invoke grpc.UnaryInvoker, options ...grpc.CallOption) error {
+	if _, ok := ctx.Deadline(); !ok {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, callLimit)
+		defer cancel()
+	}
+	return invoke(ctx, method, req, reply, conn, options...)
 }
 
 // Close ends the connection.

@@ -3,7 +3,7 @@
 //	peer pause                  waits to be stopped (the pod's sandbox)
 //	peer serve PORT             echoes what comes to PORT
 //	peer talk HOST:PORT COUNT   sends COUNT messages of 4 KiB, checks the echoes, and
-//	                            prints what it saw as JSON
+//	                            prints what it saw as JSON; fails if it cannot connect
 //	peer http PORT              serves HTTP on PORT until SIGTERM
 //	peer load URL FILE          asks URL until FILE exists (which it removes), and prints
 //	                            what came of it as JSON
@@ -33,6 +33,9 @@ type Report struct {
 	Bytes         int    `json:"bytes"`         // sent, and as many received
 	SentByTCP     uint64 `json:"sentByTCP"`     // bytes of them that went by TCP
 	ReceivedByTCP uint64 `json:"receivedByTCP"` // bytes that came by TCP
+	// Failure is what went wrong once there was a connection: unlike a server that is
+	// still starting, nothing to try again.
+	Failure string `json:"failure,omitempty"`
 }
 
 func main() {
@@ -113,6 +116,14 @@ func talk(addr string, count int) (*Report, error) {
 		return nil, err
 	}
 	defer c.Close()
+	r, err := converse(c.(*net.TCPConn), count)
+	if err != nil {
+		r = &Report{Failure: err.Error()}
+	}
+	return r, nil
+}
+
+func converse(c *net.TCPConn, count int) (*Report, error) {
 	if err := c.SetDeadline(time.Now().Add(time.Minute)); err != nil {
 		return nil, err
 	}
@@ -130,7 +141,7 @@ func talk(addr string, count int) (*Report, error) {
 			return nil, fmt.Errorf("message %d came back changed", i)
 		}
 	}
-	raw, err := c.(*net.TCPConn).SyscallConn()
+	raw, err := c.SyscallConn()
 	if err != nil {
 		return nil, err
 	}
