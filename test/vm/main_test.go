@@ -1,6 +1,10 @@
 package main
 
 import (
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
 	"strings"
 	"testing"
 
@@ -8,6 +12,7 @@ import (
 	"github.com/skipstack/skipstack/plugin/verdict"
 	"github.com/skipstack/skipstack/test/report"
 	"github.com/skipstack/skipstack/test/vm/job"
+	"github.com/skipstack/skipstack/test/vm/machine"
 )
 
 // TestJudge gives verdicts on what a virtual machine could say.
@@ -76,4 +81,83 @@ func TestJudge(t *testing.T) {
 			t.Error("nothing was reported, and that is fine")
 		}
 	})
+}
+
+// Skips that CI allows because a virtual machine runs the test are of tests that one
+// does run: as planned for CI, or with -set full where the reason says so.
+func TestAllowedSkips(t *testing.T) {
+	text, err := os.ReadFile("../../.ci/allowed-skips")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ran, why := 0, ""
+	for line := range strings.Lines(string(text)) {
+		fields := strings.Fields(line)
+		if len(fields) < 3 || strings.HasPrefix(line, "#") {
+			continue
+		}
+		if reason := strings.Join(fields[2:], " "); reason != "the same" {
+			why = reason
+		}
+		if !strings.Contains(why, "test/vm") {
+			continue
+		}
+		set := setCI
+		if strings.Contains(why, "-set full") {
+			set = setFull
+		}
+		pkg, name := fields[0], fields[1]
+		top, _, _ := strings.Cut(name, "/")
+		i := slices.IndexFunc(on(set, verdict.Safe, none, queue), func(s suite) bool { return s.pkg == pkg && s.runs(t, top) })
+		if ran++; i < 0 {
+			t.Errorf("%s %s is skipped as %q, and the set %s does not run it", pkg, name, why, set)
+		}
+	}
+	if ran == 0 {
+		t.Error("no skip is allowed for that reason")
+	}
+}
+
+// runs tells whether the suite runs the top-level test. Of patterns for subtests it
+// knows those only that come last.
+func (s suite) runs(t *testing.T, name string) bool {
+	t.Helper()
+	matches := func(pattern string) bool {
+		pattern, _, _ = strings.Cut(pattern, "/")
+		m, err := regexp.MatchString(pattern, name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return m
+	}
+	skipped := s.skip != "" && !strings.Contains(s.skip, "/") && matches(s.skip)
+	return !skipped && (s.only == "" || matches(s.only))
+}
+
+// A test that got another name would silently not be run any more.
+func TestPlansNameTests(t *testing.T) {
+	name := regexp.MustCompile(`\bTest\w+`)
+	for _, set := range []string{setCI, setFull} {
+		for _, p := range plans(set, machine.AMD64) {
+			for _, s := range p.suites {
+				files, err := filepath.Glob(filepath.Join("../..", s.pkg, "*_test.go"))
+				if err != nil || s.pkg != "" && len(files) == 0 {
+					t.Fatalf("%s has no tests: %v", s.pkg, err)
+				}
+				var source strings.Builder
+				for _, path := range files {
+					text, err := os.ReadFile(path)
+					if err != nil {
+						t.Fatal(err)
+					}
+					source.Write(text)
+				}
+				for _, n := range name.FindAllString(s.only+" "+s.skip, -1) {
+					if !strings.Contains(source.String(), "func "+n+"(") {
+						t.Errorf("%s, set %s: %s has no %s", p.kernel, set, s.pkg, n)
+					}
+				}
+			}
+		}
+	}
 }
