@@ -356,7 +356,7 @@ func (j *job) lookAgain() {
 // attach does steps 2 to 6 of [Plugin.Add] and returns the node's gate.
 func (j *job) attach(ctx context.Context, set Set, pod *podcgroup.Pod, verdict *Verdict) (gate datapath.NodeSettings, err error) {
 	p, conf := j.p, j.conf
-	lock, err := j.store.Lock(ctx)
+	lock, err := j.lock(ctx)
 	if err != nil {
 		return gate, err
 	}
@@ -393,6 +393,24 @@ func (j *job) attach(ctx context.Context, set Set, pod *podcgroup.Pod, verdict *
 	}
 	p.did("swept")
 	return gate, nil
+}
+
+// lock takes the lock. Who waits long for it may be left to itself when there is no more
+// time, so that the record comes first: a prober that is asked for before the record is
+// there, and that runs already, may have taken its last look.
+func (j *job) lock(ctx context.Context) (*attachment.Lock, error) {
+	soon, cancel := context.WithTimeout(ctx, j.p.budget/4)
+	defer cancel()
+	lock, err := j.store.Lock(soon)
+	if j.conf.OnError != OnErrorPlain || !errors.Is(err, attachment.ErrBusy) || ctx.Err() != nil {
+		return lock, err
+	}
+	j.pending = true
+	if err := j.recordWithoutLock(reason(err)); err != nil {
+		j.log.Debug("the wait for the lock cannot be recorded", "error", err.Error())
+	}
+	j.p.did("waiting recorded")
+	return j.store.Lock(ctx)
 }
 
 // unlessGuard makes a note of a splice guard that cannot be attached: pods that do

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"slices"
 
 	"github.com/skipstack/skipstack/plugin/attachment"
 	"github.com/skipstack/skipstack/plugin/datapath"
@@ -145,11 +144,18 @@ func pendingOf(r attachment.Record, conf Config) (wanted attachment.Pending, ok 
 	return wanted, wishOf(attachment.Record{Settings: wanted.Settings}).BPFFS == conf.BPFFS
 }
 
-// anyPending says whether there is something to adopt.
-func anyPending(conf Config) bool {
+// pendingADD is an ADD whose attachment is still to be made.
+type pendingADD struct {
+	key attachment.Key
+	at  int64
+}
+
+func pendingADDs(conf Config) (all []pendingADD) {
 	records, _ := attachment.NewStore(conf.RunDir).List()
-	return slices.ContainsFunc(records, func(r attachment.Record) bool {
-		_, ok := pendingOf(r, conf)
-		return ok
-	})
+	for _, r := range records {
+		if _, ok := pendingOf(r, conf); ok {
+			all = append(all, pendingADD{r.Key, r.Created.UnixNano()})
+		}
+	}
+	return all
 }

@@ -83,6 +83,46 @@ func TestAdopt(t *testing.T) {
 		b.wantRecord(request{}, attachment.Attached, "")
 		b.wantLinks(101)
 	})
+	// Whatever becomes of an ADD that waits, and of the prober that runs meanwhile, the
+	// record is there before anybody is asked to look.
+	timed(t, "recorded while it waits", func(t *testing.T) {
+		b := newBench(t)
+		b.datapath.loaded, b.datapath.node.Open = true, true
+		lock, err := b.store().Lock(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		time.AfterFunc(b.budget/2, func() {
+			b.wantRecord(request{}, attachment.Skipped, "busy: ")
+			if rec, _ := b.record(request{}); rec.Pending == nil || len(b.prober.starts) > 0 {
+				t.Errorf("record %+v, prober started %v", rec, b.prober.starts)
+			}
+			lock.Unlock()
+		})
+		b.mustAdd(request{})
+		b.wantRecord(request{}, attachment.Attached, "")
+		b.wantLinks(101)
+		b.mustDel(request{})
+		b.wantNothing()
+	})
+	// A pod that cannot be attached does not keep the prober from looking again.
+	timed(t, "recorded while another fails", func(t *testing.T) {
+		b := late(t, request{})
+		rec, _ := b.record(request{})
+		b.datapath.fail["Attach"] = errors.New("EPERM")
+		b.datapath.during = func(op string) {
+			if op == "Attach" && b.datapath.called("Attach") == 1 {
+				rec.ContainerID, rec.Pending.CgroupID, rec.Pending.CgroupPath = "c2", 102, "/pod-b"
+				if err := b.store().Put(rec); err != nil {
+					t.Error(err)
+				}
+				delete(b.datapath.fail, "Attach")
+			}
+		}
+		probe(t, b)
+		b.wantRecord(request{}, attachment.Attached, "")
+		b.wantRecord(request{container: "c2"}, attachment.Attached, "")
+	})
 	timed(t, "lock held for long", func(t *testing.T) {
 		b := late(t, request{})
 		lock, err := b.store().Lock(t.Context())

@@ -153,10 +153,12 @@ func (n *Node) Probe(ctx context.Context, conf Config, load bool, held *os.File)
 		}
 	}
 	for range probeRounds {
+		before := pendingADDs(conf)
 		v, err = n.probe(ctx, conf, load, held)
 		// An ADD that gave up after the last look for pods started no prober,
 		// because this one held the lock.
-		if !isBusy(err) && (err != nil || !v.Supported || !anyPending(conf)) {
+		came := func(a pendingADD) bool { return !slices.Contains(before, a) }
+		if !isBusy(err) && (!v.Supported || !slices.ContainsFunc(pendingADDs(conf), came)) {
 			break
 		}
 		again, lockErr := lockProbe(ended(), conf.RunDir)
