@@ -92,7 +92,7 @@ not allow acceleration.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			defer holdSignals(c.ErrOut)()
-			o, err := flags.options(cmd)
+			o, err := flags.options(c, cmd)
 			if err != nil {
 				return &ExitError{ExitUsage, err}
 			}

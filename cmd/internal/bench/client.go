@@ -51,7 +51,7 @@ failed), 2 wrong usage.`,
 			}
 			err := noneEmpty(cmd.Flags())
 			if err == nil {
-				err = o.check()
+				err = o.check(c)
 			}
 			if err != nil {
 				return &ExitError{ExitUsage, err}
@@ -79,7 +79,7 @@ failed), 2 wrong usage.`,
 // mostPairs is the most that fits into a session.
 const mostPairs = 50
 
-func (o *clientOptions) check() error {
+func (o *clientOptions) check(c Config) error {
 	if err := o.ports.check(); err != nil {
 		return err
 	}
@@ -99,7 +99,7 @@ func (o *clientOptions) check() error {
 	case o.maxPairs < o.repeats || o.maxPairs > mostPairs:
 		return fmt.Errorf("--max-pairs %d: it is --repeats, here %d, to %d", o.maxPairs, o.repeats, mostPairs)
 	}
-	if err := o.files.check(); err != nil {
+	if err := o.settle(c, ""); err != nil {
 		return err
 	}
 	return o.checkWritable()

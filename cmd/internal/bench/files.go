@@ -21,7 +21,7 @@ import (
 type files struct{ json, csv, report string }
 
 func (o *files) add(set *pflag.FlagSet) {
-	set.StringVar(&o.json, "json", "", "also write the results as JSON to this `FILE`; - is standard output, the table then goes to standard error")
+	set.StringVar(&o.json, "json", "", "also write the results as JSON to this `FILE`; - (or /dev/stdout) is standard output, the table then goes to standard error")
 	set.StringVar(&o.csv, "csv", "", "also write the results as CSV to this `FILE`; - as with --json")
 	set.StringVar(&o.report, "report", "", "also write a page with charts to this `FILE.html`")
 }
@@ -50,29 +50,71 @@ func noneEmpty(set *pflag.FlagSet) (err error) {
 	return err
 }
 
-// check finds out whether the files exclude each other.
-func (o files) check() error {
-	paths := map[string]string{}
-	for _, f := range o.wanted() {
-		path := f.path
-		if path != "-" {
-			var err error
-			if path, err = resolved(path); err != nil {
+// settle finds out whether the files exclude each other, the program's streams, or the file
+// that is read. A path that is standard output becomes -, so that what is written there is
+// not mixed with the table, nor is a file that is both cut off by being opened again.
+func (o *files) settle(c Config, input string) error {
+	for _, path := range []*string{&o.json, &o.csv} {
+		if isStream(*path, c.Out) {
+			*path = "-"
+		}
+	}
+	wanted := o.wanted()
+	for i, f := range wanted {
+		switch {
+		case f.flag == "report" && (f.path == "-" || isStream(f.path, c.Out)):
+			return fmt.Errorf("--report %s: that is standard output: name a file; only --json and --csv go there", f.path)
+		case f.path == "-":
+		case isStream(f.path, c.ErrOut):
+			return fmt.Errorf("--%s %s: that is standard error, where progress goes", f.flag, f.path)
+		default:
+			if _, err := resolved(f.path); err != nil {
 				return fmt.Errorf("--%s %s: %w", f.flag, f.path, err)
 			}
+			if input != "" && sameFile(f.path, input) {
+				return fmt.Errorf("--%s %s: the bench reads that file", f.flag, f.path)
+			}
 		}
-		other, taken := paths[path]
-		switch {
-		case f.path == "-" && f.flag == "report":
-			return errors.New("--report -: name a file; only --json and --csv go to standard output")
-		case taken && f.path == "-":
-			return fmt.Errorf("--%s and --%s cannot both be standard output", other, f.flag)
-		case taken:
-			return fmt.Errorf("--%s and --%s are the same file %s", other, f.flag, f.path)
+		for _, other := range wanted[:i] {
+			switch {
+			case f.path == "-" && other.path == "-":
+				return fmt.Errorf("--%s and --%s cannot both be standard output", other.flag, f.flag)
+			case f.path != "-" && other.path != "-" && sameFile(f.path, other.path):
+				return fmt.Errorf("--%s and --%s are the same file %s", other.flag, f.flag, f.path)
+			}
 		}
-		paths[path] = f.flag
 	}
 	return nil
+}
+
+// isStream tells if a path names the file that a stream of the program is, as /dev/stdout
+// does. The null device is nobody's: nothing is mixed there.
+func isStream(path string, stream any) bool {
+	f, ok := stream.(*os.File)
+	if !ok {
+		return false
+	}
+	info, err := f.Stat()
+	if err != nil {
+		return false
+	}
+	if null, err := os.Stat(os.DevNull); err == nil && os.SameFile(info, null) {
+		return false
+	}
+	named, err := os.Stat(path)
+	return err == nil && os.SameFile(info, named)
+}
+
+// sameFile tells if two paths name one file, which need not be there.
+func sameFile(a, b string) bool {
+	first, err := os.Stat(a)
+	second, secondErr := os.Stat(b)
+	if err == nil && secondErr == nil {
+		return os.SameFile(first, second)
+	}
+	a, err = resolved(a)
+	b, secondErr = resolved(b)
+	return err == nil && secondErr == nil && a == b
 }
 
 // resolved is the absolute path of a file without symbolic links. The file need not be

@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/csv"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -115,13 +116,71 @@ func TestCheckFiles(t *testing.T) {
 		{"no/x", "", "not writable"},
 	} {
 		o := files{json: c.json, csv: c.csv}
-		err := o.check()
+		err := o.settle(Config{}, "")
 		if err == nil {
 			err = o.checkWritable()
 		}
 		if (err == nil) != (c.want == "") || err != nil && !strings.Contains(err.Error(), c.want) {
 			t.Errorf("%+v: %v, want %q", o, err, c.want)
 		}
+	}
+}
+
+// TestSettle: paths that are a stream of the program, whatever they are called.
+func TestSettle(t *testing.T) {
+	t.Chdir(t.TempDir())
+	streams := map[string]*os.File{}
+	for _, name := range []string{"out", "err"} {
+		f, err := os.Create(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		streams[name] = f
+	}
+	if err := errors.Join(os.Link("out", "hard"), os.Symlink("out", "soft"), os.WriteFile("a", nil, 0o600), os.Link("a", "b")); err != nil {
+		t.Fatal(err)
+	}
+	null, err := os.OpenFile(os.DevNull, os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer null.Close()
+	dash, fd := files{json: "-"}, fmt.Sprintf("/proc/self/fd/%d", streams["out"].Fd())
+	for _, c := range []struct {
+		name        string
+		given, then files
+		want        string
+	}{
+		{"itself", files{json: "out"}, dash, ""},
+		{"by a hard link", files{json: "hard"}, dash, ""},
+		{"by a link", files{json: "soft"}, dash, ""},
+		{"by its descriptor", files{json: fd}, dash, ""},
+		{"CSV", files{csv: "out", json: "a"}, files{csv: "-", json: "a"}, ""},
+		{"another file", files{json: "a"}, files{json: "a"}, ""},
+		{"none", files{}, files{}, ""},
+		{"both", files{json: "out", csv: fd}, files{}, "--json and --csv cannot both be standard output"},
+		{"with -", files{json: "-", csv: "soft"}, files{}, "cannot both be standard output"},
+		{"the page", files{report: "hard"}, files{}, "--report hard: that is standard output"},
+		{"-", files{report: "-"}, files{}, "--report -: that is standard output"},
+		{"standard error", files{csv: "err"}, files{}, "--csv err: that is standard error"},
+		{"two names", files{json: "a", report: "b"}, files{}, "--json and --report are the same file"},
+		{"what is read", files{csv: "b"}, files{}, "--csv b: the bench reads that file"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			got, input := c.given, "absent"
+			if c.name == "what is read" {
+				input = "a"
+			}
+			err := got.settle(Config{Out: streams["out"], ErrOut: streams["err"]}, input)
+			if c.want == "" && (err != nil || got != c.then) || c.want != "" && (err == nil || !strings.Contains(err.Error(), c.want)) {
+				t.Errorf("%+v, %v; want %+v, %q", got, err, c.then, c.want)
+			}
+		})
+	}
+	got := files{json: os.DevNull}
+	if err := got.settle(Config{Out: null, ErrOut: null}, ""); err != nil || got.json != os.DevNull {
+		t.Errorf("the null device: %+v, %v", got, err)
 	}
 }
 

@@ -68,7 +68,10 @@ type options struct {
 }
 
 // options checks what can be checked without looking at the machine.
-func (f *flags) options(cmd *cobra.Command) (options, error) {
+func (f *flags) options(c Config, cmd *cobra.Command) (options, error) {
+	if err := f.settle(c, f.conflist); err != nil {
+		return options{}, err
+	}
 	o := options{flags: *f, cniPathSet: cmd.Flags().Changed("cni-path")}
 	if !cmd.Flags().Changed("max-pairs") {
 		o.maxPairs = max(o.maxPairs, o.repeats)
@@ -116,9 +119,6 @@ func (f *flags) options(cmd *cobra.Command) (options, error) {
 	}
 	if f.minSpeedup < 0 || math.IsNaN(f.minSpeedup) || math.IsInf(f.minSpeedup, 0) {
 		return o, fmt.Errorf("--min-speedup %v: it is a ratio from 0 on", f.minSpeedup)
-	}
-	if err := f.files.check(); err != nil {
-		return o, err
 	}
 	return o, parameters(o).validate()
 }
