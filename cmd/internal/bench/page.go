@@ -210,6 +210,7 @@ func (p *page) method() {
 	}
 	fact("Sockets", sockets)
 	fact("Runs", fmt.Sprintf("medians of %s, of %v each after a warm-up of %v", h.Parameters.pairs(), h.Parameters.Length, h.Parameters.WarmUp))
+	fact("AF_UNIX", h.Reference)
 	fact("Verified", quantity(float64(h.Verified), "B")+", byte by byte, apart from the measuring")
 	if h.Duration > 0 {
 		fact("Duration", (time.Duration(h.Duration * float64(time.Second))).Round(time.Second).String())

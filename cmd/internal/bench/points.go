@@ -203,13 +203,10 @@ const (
 // run is how long a run takes on an idle machine.
 func (p Parameters) run() time.Duration { return p.WarmUp + p.Length + runOverhead }
 
-// base is how long the least pairs of some points take on an idle machine.
-func (p Parameters) base(points int) time.Duration {
-	kinds := 2
-	if p.Unix {
-		kinds++
-	}
-	return time.Duration(points*p.Repeats*kinds) * p.run()
+// base is how long the least pairs of some points take on an idle machine, with what is
+// missing of their reference.
+func (p Parameters) base(points []Point, r *reference) time.Duration {
+	return time.Duration(2*len(points)*p.Repeats+r.pending(points)) * p.run()
 }
 
 // costs is how long it takes to time the BPF programs at some points.
@@ -220,7 +217,7 @@ func (p Parameters) costs(points []Point) time.Duration {
 // estimate is how long a bench takes on an idle machine: at least, where every ratio is
 // certain at once, and at most.
 func (p Parameters) estimate(points []Point) (least, most time.Duration) {
-	least = p.base(len(points)) + p.costs(points) + beginAndEnd
+	least = p.base(points, p.reference(points)) + p.costs(points) + beginAndEnd
 	most = least + time.Duration(len(points)*(p.MaxPairs-p.Repeats)*2)*p.run()
 	if limit := p.limit(); limit > 0 {
 		most = min(most, max(least, limit))
@@ -241,11 +238,7 @@ func (p Parameters) howLong(points []Point) string {
 // limit is the time that a bench does not go over for the sake of more pairs; 0 is none.
 // It is the set's, less a reserve for a machine on which a run has to be repeated.
 func (p Parameters) limit() time.Duration {
-	limit := map[string]time.Duration{quickSet: 19 * time.Second, defaultSet: 175 * time.Second}[p.Set]
-	if p.Unix { // for each two runs, a third
-		limit = limit * 3 / 2
-	}
-	return limit
+	return map[string]time.Duration{quickSet: 19 * time.Second, defaultSet: 175 * time.Second}[p.Set]
 }
 
 // parseSizes reads a list such as 64,4KiB,64KiB.

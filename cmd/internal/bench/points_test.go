@@ -31,8 +31,9 @@ func TestSetsFit(t *testing.T) {
 		}
 		with := p
 		with.Unix = true
-		if longer, _ := with.estimate(points); longer < least*5/4 || longer >= with.limit() {
-			t.Errorf("with a reference it takes %v", longer)
+		longer, longest := with.estimate(points)
+		if longer <= least || longer > p.limit() || longest > p.limit() {
+			t.Errorf("with a reference the %s set takes %v to %v, over %v", set, longer, longest, p.limit())
 		}
 		// Who asks for more than the time of the set gets it, and no more pairs.
 		p.Length = time.Second
@@ -47,6 +48,62 @@ func TestSetsFit(t *testing.T) {
 	}
 	if said := p.howLong(points); !strings.Contains(said, least.Round(time.Second).String()) || !strings.Contains(said, most.Round(time.Second).String()) {
 		t.Errorf("it says %q of %v to %v", said, least, most)
+	}
+}
+
+// TestReferenceFits: AF_UNIX is measured where the set's time has room for it.
+func TestReferenceFits(t *testing.T) {
+	p := testParameters(quickSet)
+	for _, c := range []struct {
+		name   string
+		chosen selection
+		length time.Duration
+		want   string
+		at     []Point // with a reference, among others
+		not    []Point
+	}{
+		{"quick", selection{set: quickSet}, minLength, "one run at 4 of 6 points, counting",
+			[]Point{rr(PodIP, SameCPU, 64, 64), rr(ServiceIP, SameCPU, 64, 64), noDelay(stream(PodIP, SameCPU, 64)), stream(PodIP, SameCPU, 64<<10)},
+			[]Point{crr(PodIP, SameCPU), stream(PodIP, CrossCPU, 64<<10)}},
+		{"default", selection{set: defaultSet}, minLength, "medians of 5 runs at 4 of 48 points, counting",
+			[]Point{stream(PodIP, SameCPU, 64), noDelay(stream(PodIP, SameCPU, 4<<10)), stream(IPv6, SameCPU, 64<<10), rr(Loopback, SameCPU, 64, 64)},
+			[]Point{stream(PodIP, SameCPU, 256), stream(PodIP, CrossCPU, 64), crr(PodIP, SameCPU)}},
+		{"a part", selection{set: quickSet, tests: []Test{ConnectRequestResponse}}, minLength, "medians of 5 runs at each point; those that differ",
+			[]Point{crr(PodIP, SameCPU)}, nil},
+		{"more than its time", selection{set: quickSet}, time.Second, "medians of 5 runs at each point",
+			[]Point{crr(PodIP, SameCPU), stream(PodIP, CrossCPU, 64<<10)}, nil},
+		{"full", selection{set: fullSet}, minLength, "medians of 5 runs at each point",
+			[]Point{crr(ServiceIP, CrossCPU)}, nil},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			points := selected(t, c.chosen, 2)
+			p := p
+			p.Set, p.Length, p.Unix = c.chosen.set, c.length, true
+			r := p.reference(points)
+			if got := r.howOften(); !strings.HasPrefix(got, c.want) {
+				t.Errorf("it says %q, want %q", got, c.want)
+			}
+			for _, point := range c.at {
+				if r.at(point) == nil {
+					t.Errorf("none at %s", point)
+				}
+			}
+			for _, point := range c.not {
+				if r.at(point) != nil {
+					t.Errorf("one at %s", point)
+				}
+			}
+			// What is measured is no longer missing.
+			before, first := r.pending(points), c.at[0]
+			r.at(first).rates = make([]float64, r.runs)
+			if after := r.pending(points); before != len(r.of)*r.runs || after != before-r.runs {
+				t.Errorf("%d runs, then %d", before, after)
+			}
+			p.Unix = false
+			if r := p.reference(points); r.at(first) != nil || r.pending(points) != 0 || r.howOften() != "" {
+				t.Errorf("not asked for: %s", r.howOften())
+			}
+		})
 	}
 }
 

@@ -37,6 +37,8 @@ type Header struct {
 	// InterruptsApart: the kernel charges the time of interrupts to no thread; it is
 	// then taken from /proc/stat and part of every cpu_s.
 	InterruptsApart bool `json:"interrupts_apart"`
+	// Reference says how AF_UNIX was measured; empty: it was not.
+	Reference string `json:"reference,omitempty"`
 	// Incomplete is the error that ended it early: points are missing, or what the BPF
 	// programs cost. Empty: there was none.
 	Incomplete string `json:"incomplete,omitempty"`
@@ -72,7 +74,7 @@ type Parameters struct {
 	NonBlocking bool `json:"non_blocking"`
 	// Congestion is the congestion control that was asked for; empty: the node's own.
 	Congestion string `json:"tcp_congestion_control,omitempty"`
-	// Unix: each point is measured over an AF_UNIX stream as well.
+	// Unix: points are measured over an AF_UNIX stream as well.
 	Unix bool `json:"reference_unix"`
 }
 
@@ -152,7 +154,7 @@ type Result struct {
 	Point
 	Plain       Figures  `json:"plain"`
 	Accelerated Figures  `json:"accelerated"`
-	Unix        *Figures `json:"unix"` // null: no reference was asked for
+	Unix        *Figures `json:"unix"` // null: no reference was asked for, or there was no time for it
 	// Speedup is accelerated over plain in rate, pair by pair; the median, its median
 	// absolute deviation, and how far the median may be off: its standard error.
 	Speedup       float64 `json:"speedup"`

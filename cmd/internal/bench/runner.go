@@ -19,7 +19,8 @@ type runner struct {
 	parameters Parameters
 	cpus       []int // that may be used
 	log        io.Writer
-	rules      *rules // nil: counterRules
+	rules      *rules     // nil: counterRules
+	reference  *reference // nil: none
 	// interruptsApart: CPU time is that of the threads and of their CPUs' interrupts.
 	interruptsApart bool
 }
@@ -81,12 +82,12 @@ func (r *runner) place(p Placement) (placed, error) {
 }
 
 // series measures the least pairs of a point: plain, accelerated, accelerated, plain,
-// and so on, so that a machine that slowly changes its speed favours neither. Where a
-// reference is asked for, it follows each pair.
+// and so on, so that a machine that slowly changes its speed favours neither. What is
+// missing of the point's reference follows its pairs, a run each.
 func (r *runner) series(ctx context.Context, p Point) (*series, error) {
-	s := &series{point: p}
+	s := &series{point: p, reference: r.reference.at(p)}
 	for range r.parameters.Repeats {
-		if err := r.pair(ctx, s, r.parameters.Unix); err != nil {
+		if err := r.pair(ctx, s, s.reference != nil && len(s.reference.rates) < r.reference.runs); err != nil {
 			return nil, fmt.Errorf("%s: %w", p, err)
 		}
 	}
@@ -116,7 +117,7 @@ func (r *runner) pair(ctx context.Context, s *series, reference bool) error {
 		of := &s.plain
 		switch {
 		case kind.unix:
-			of = &s.reference
+			of = s.reference
 		case kind.accelerated:
 			of = &s.accelerated
 		}

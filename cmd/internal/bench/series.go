@@ -15,9 +15,10 @@ const certain = 0.04
 
 // A series is what was measured of a point so far.
 type series struct {
-	point                         Point
-	plain, accelerated, reference samples
-	given                         bool // it gets no more pairs
+	point              Point
+	plain, accelerated samples
+	reference          *samples // nil, or empty: none; it may be shared
+	given              bool     // it gets no more pairs
 }
 
 func (s *series) uncertainty() float64 {
@@ -26,7 +27,7 @@ func (s *series) uncertainty() float64 {
 
 func (s *series) conclude(by *rules) Result {
 	result := conclude(s.point, &s.plain, &s.accelerated, by)
-	if len(s.reference.rates) > 0 {
+	if s.reference != nil && len(s.reference.rates) > 0 {
 		figures := s.reference.figures(s.point)
 		result.Unix = &figures
 	}
@@ -109,14 +110,14 @@ type budget struct {
 // end is what a bench does after its last run, beside the costs.
 const end = beginAndEnd / 3
 
-// until is when the pairs for some points that are still uncertain end, so that the
-// least pairs of as many further ones, and the costs, fit in; the zero time if there
-// is no limit. The further points get their part of what is left.
-func (b budget) until(p Parameters, points, further int, costs time.Duration) time.Time {
+// until is when the pairs for some points that are still uncertain end, so that what
+// the further ones and the costs need fits in; the zero time if there is no limit. The
+// further points get their part of what is left.
+func (b budget) until(points, further int, needed time.Duration) time.Time {
 	if b.limit == 0 {
 		return time.Time{}
 	}
 	now := time.Now()
-	left := b.limit - now.Sub(b.start) - p.base(further) - costs - end
+	left := b.limit - now.Sub(b.start) - needed - end
 	return now.Add(max(0, left) * time.Duration(points) / time.Duration(points+further))
 }

@@ -172,20 +172,20 @@ func TestStages(t *testing.T) {
 }
 
 func TestBudget(t *testing.T) {
-	p := testParameters(defaultSet)
-	if !(budget{start: time.Now()}).until(p, 1, 1, 0).IsZero() {
+	if !(budget{start: time.Now()}).until(1, 1, 0).IsZero() {
 		t.Error("there is an end without a limit")
 	}
-	// 100 s are left over when 20 further points have their pairs: half of the points
+	// 100 s are left over when 20 further points have what they need: half of the points
 	// get half of them.
-	limit := p.base(20) + 3*time.Second + end + 100*time.Second
+	const needed = 48 * time.Second
+	limit := needed + end + 100*time.Second
 	synctest.Test(t, func(t *testing.T) {
 		b := budget{start: time.Now(), limit: limit}
-		if got := time.Until(b.until(p, 20, 20, 3*time.Second)); got != 50*time.Second {
+		if got := time.Until(b.until(20, 20, needed)); got != 50*time.Second {
 			t.Errorf("%v for more pairs, want 50s", got)
 		}
 		b.start = b.start.Add(-limit)
-		if got := time.Until(b.until(p, 20, 20, 0)); got != 0 {
+		if got := time.Until(b.until(20, 20, 0)); got != 0 {
 			t.Errorf("%v for more pairs, though the time is over", got)
 		}
 	})

@@ -185,7 +185,7 @@ func measureAll(ctx context.Context, s site, p Parameters, points []Point, log i
 	if err != nil {
 		return nil, err
 	}
-	r := &runner{site: s, parameters: p, cpus: cpus, log: log}
+	r := &runner{site: s, parameters: p, cpus: cpus, log: log, reference: p.reference(points)}
 	if judge, ok := s.(interface{ rules() *rules }); ok {
 		r.rules = judge.rules()
 	}
@@ -194,8 +194,11 @@ func measureAll(ctx context.Context, s site, p Parameters, points []Point, log i
 	}
 	start := time.Now()
 	report := newReport(p, s.facts())
-	report.Header.InterruptsApart = r.interruptsApart
+	report.Header.InterruptsApart, report.Header.Reference = r.interruptsApart, r.reference.howOften()
 	fmt.Fprintf(log, "bench: %s, %s\n", pointsCount(len(points)), p.howLong(points))
+	if report.Header.Reference != "" {
+		fmt.Fprintf(log, "bench: AF_UNIX: %s\n", report.Header.Reference)
+	}
 	if err = r.measureStages(ctx, start, points, report); err == nil {
 		err = r.costs(ctx, report)
 	}
@@ -238,7 +241,7 @@ func (r *runner) measureStages(ctx context.Context, start time.Time, points []Po
 			left := time.Since(start) / time.Duration(done) * time.Duration(len(points)-done)
 			r.tell(s, fmt.Sprintf("%d/%d, %v left", done, len(points), left.Round(time.Second)))
 		}
-		err := r.refine(ctx, measured, budget.until(p, len(stage), len(points)-done, p.costs(points)))
+		err := r.refine(ctx, measured, budget.until(len(stage), len(points)-done, p.base(points[done:], r.reference)+p.costs(points)))
 		conclude()
 		if err != nil {
 			return err

@@ -174,6 +174,7 @@ func TestReference(t *testing.T) {
 	s := newLoopbackSite(t)
 	r := testRunner(t, s)
 	r.parameters.Unix = true
+	r.reference = r.parameters.reference([]Point{point(RequestResponse, 64, 64)})
 	for _, p := range []Point{
 		point(RequestResponse, 64, 64), point(Stream, 64<<10, 0), point(ConnectRequestResponse, 64, 64), connections(16, point(RequestResponse, 64, 64)),
 	} {

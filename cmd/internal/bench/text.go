@@ -52,6 +52,9 @@ func (r *Report) writeText(w io.Writer) error {
 	paragraph(&b, "Medians of %s of %v; plain and accelerated runs differ only in the processes' cgroup. "+
 		"The pods accept two risks, which is right here: splice, as the processes only send and recv, and blocking, "+
 		"as one thread reads each socket and retries on EAGAIN.", h.Parameters.pairs(), h.Parameters.Length)
+	if h.Reference != "" {
+		paragraph(&b, "AF_UNIX, a stream between the same pods with no network at all: %s.", h.Reference)
+	}
 	r.writeResults(&b, `
 one CPU, two CPUs: client and server share one, or have one each.
 ratio: rate with skipstack over plain rate, the median of the pairs' ratios and
