@@ -9,6 +9,7 @@ LLVM_STRIP ?= llvm-strip-19
 # Debian keeps asm/types.h, which linux/bpf.h includes, apart from the other headers.
 BPF_CFLAGS ?= $(addprefix -I,$(wildcard /usr/include/$(shell uname -m)-linux-gnu))
 TESTFLAGS  ?=
+UNITFLAGS  ?=
 # CI's command summary sets TEST_REPORT, and reads what go test prints (see test/report).
 # A package may take an hour: the limit is for tests that hang, not for slow machines.
 GOTEST     := $(GO) test -timeout 1h $(if $(TEST_REPORT),-json -count=1)
@@ -67,7 +68,7 @@ test: test-unit test-integration ## Run all tests; as root nothing is skipped fo
 .PHONY: test-unit
 test-unit: ## Run the tests that need no root
 	$(call say,TEST,unit)
-	$(Q)$(GOTEST) $(TESTFLAGS) $(UNIT)
+	$(Q)$(GOTEST) $(TESTFLAGS) $(UNITFLAGS) $(UNIT)
 
 .PHONY: test-integration
 test-integration: ## Run the tests that need root, each package in a private node of its own
