@@ -563,9 +563,11 @@ func (j *job) skipped(why string) attachment.Record {
 
 // recordWithoutLock records a pod that was skipped because the lock was not to be
 // had. A record needs the lock for what it says of a cgroup only, and this one
-// says nothing; one that is there already may say something, and stays.
+// says nothing; one that is there already may say something, and stays. What one says
+// from before the node was booted holds no longer.
 func (j *job) recordWithoutLock(why string) error {
-	if _, err := j.store.Get(j.key()); !errors.Is(err, attachment.ErrNotFound) {
+	old, err := j.store.Get(j.key())
+	if err == nil && !old.Stale || err != nil && !errors.Is(err, attachment.ErrNotFound) {
 		return err
 	}
 	return j.store.Put(j.skipped(why))

@@ -132,7 +132,7 @@ func (n *Node) eachPending(ctx context.Context, conf Config, f func(*attachment.
 // to whoever holds the lock, what one that was killed did not finish.
 func pendingOf(r attachment.Record, conf Config) (wanted attachment.Pending, ok bool) {
 	switch {
-	case r.Version > attachment.Version:
+	case r.Version > attachment.Version, r.Stale:
 		return wanted, false
 	case r.Status == attachment.Skipped && r.Pending != nil:
 		wanted = *r.Pending

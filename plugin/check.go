@@ -55,10 +55,12 @@ func (p *Plugin) check(conf Config, key attachment.Key) error {
 	if err != nil {
 		return err
 	}
-	switch record.Status {
-	case attachment.Skipped:
+	switch {
+	case record.Status == attachment.Skipped:
 		return nil
-	case attachment.Attaching:
+	case record.Stale:
+		return errors.New(reasonReboot)
+	case record.Status == attachment.Attaching:
 		return errors.New("its ADD has not finished")
 	}
 	bpffs := wishOf(record).BPFFS

@@ -572,6 +572,27 @@ func (b *bench) record(r request) (attachment.Record, bool) {
 	return rec, err == nil
 }
 
+// age makes a record one from before the node was booted.
+func (b *bench) age(r request) {
+	b.t.Helper()
+	rec, _ := b.record(r)
+	path := filepath.Join(b.runDir, "attachments", rec.FileName())
+	data, err := os.ReadFile(path)
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	boot, err := attachment.BootID()
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	if err := os.WriteFile(path, bytes.Replace(data, []byte(boot), []byte("another"), 1), 0o600); err != nil {
+		b.t.Fatal(err)
+	}
+	if rec, _ := b.record(r); !rec.Stale {
+		b.t.Fatalf("record %+v", rec)
+	}
+}
+
 // wantRecord checks status and the beginning of the reason.
 func (b *bench) wantRecord(r request, status attachment.Status, reason string) {
 	b.t.Helper()

@@ -406,7 +406,7 @@ func (n *Node) SwitchPod(ctx context.Context, conf Config, namespace, name strin
 	cgroups := map[string]map[uint64]bool{} // by the BPF file system of the link
 	why := ""
 	for _, r := range records {
-		if r.PodNamespace != namespace || r.PodName != name {
+		if r.PodNamespace != namespace || r.PodName != name || r.Stale {
 			continue
 		}
 		if !wants(r) {

@@ -25,9 +25,10 @@ const DefaultCNICacheDir = "/var/lib/cni"
 // [PodReport].
 const NotAttached = "not attached"
 
-// Why a running pod has no record.
+// Why a pod has no record that holds.
 const (
 	reasonBefore = "started before install"
+	reasonReboot = "its ADD was before the node was booted"
 	reasonLost   = "no record of it: its ADD has failed, or the run directory was cleared"
 )
 
@@ -224,12 +225,22 @@ func loadedReport(o *datapath.Observation) *LoadedReport {
 // podReports makes one report of each pod's records.
 func podReports(conf Config, records []attachment.Record, seen *datapath.Observation) []PodReport {
 	type identity struct{ namespace, name, uid, container string }
+	identify := func(r attachment.Record) identity {
+		if r.PodName == "" {
+			return identity{r.PodNamespace, "", r.PodUID, r.ContainerID}
+		}
+		return identity{r.PodNamespace, r.PodName, r.PodUID, ""}
+	}
+	ofThisBoot := map[identity]bool{}
+	for _, r := range records {
+		ofThisBoot[identify(r)] = ofThisBoot[identify(r)] || !r.Stale
+	}
 	byPod := map[identity]*PodReport{}
 	var order []*PodReport
 	for _, r := range records {
-		id := identity{r.PodNamespace, r.PodName, r.PodUID, ""}
-		if r.PodName == "" {
-			id.container = r.ContainerID
+		id := identify(r)
+		if r.Stale && ofThisBoot[id] {
+			continue // its sandbox from then
 		}
 		p := byPod[id]
 		if p == nil {
@@ -253,6 +264,10 @@ func (p *PodReport) add(conf Config, r attachment.Record, seen *datapath.Observa
 		p.Containers = append(p.Containers, r.ContainerID)
 	}
 	p.Networks = append(p.Networks, r.Network+"/"+r.IfName)
+	if r.Stale {
+		p.State, p.Reason = NotAttached, reasonReboot
+		return
+	}
 	known := p.CgroupID
 	if p.State == "" || p.State == string(attachment.Skipped) && wants(r) {
 		p.State, p.Reason, p.CgroupID = string(r.Status), r.Reason, r.CgroupID

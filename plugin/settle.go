@@ -11,9 +11,10 @@ import (
 )
 
 // wants says whether a record claims its cgroup's link. One that is attaching
-// does: it may be that of an ADD that was killed and has attached it.
+// does: it may be that of an ADD that was killed and has attached it. One from before
+// the node was booted speaks of another cgroup, whatever its id.
 func wants(r attachment.Record) bool {
-	return r.Status == attachment.Attaching || r.Status == attachment.Attached
+	return !r.Stale && (r.Status == attachment.Attaching || r.Status == attachment.Attached)
 }
 
 func wishOf(r attachment.Record) wish {
@@ -36,7 +37,7 @@ func (d *Deps) settle(store *attachment.Store, bpffs string, cgroupID uint64, wi
 	records, err := store.ByCgroup(cgroupID)
 	records = slices.DeleteFunc(records, func(r attachment.Record) bool {
 		w := wishOf(r)
-		return without != nil && r.Key == *without || w.BPFFS != "" && w.BPFFS != bpffs
+		return r.Stale || without != nil && r.Key == *without || w.BPFFS != "" && w.BPFFS != bpffs
 	})
 	if !slices.ContainsFunc(records, wants) {
 		if err != nil {
@@ -82,7 +83,7 @@ func setPod(set Set, cgroupID uint64, wishes []wish) error {
 // release undoes what a record stands for, but for the record itself. The lock is
 // held; conf is asked where the record does not say.
 func (d *Deps) release(store *attachment.Store, conf Config, r attachment.Record) error {
-	if r.CgroupID == 0 {
+	if r.CgroupID == 0 || r.Stale {
 		return nil
 	}
 	bpffs := wishOf(r).BPFFS

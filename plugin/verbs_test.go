@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -604,5 +605,112 @@ func FuzzGC(f *testing.F) {
 				t.Errorf("key %+v", key)
 			}
 		}
+	})
+}
+
+// In a run directory that outlives a reboot, records speak of links that are gone and of
+// cgroups whose ids are others' by now.
+func TestStaleRecords(t *testing.T) {
+	// rebooted returns a node after a reboot, and before any DEL of what was there.
+	rebooted := func(t *testing.T, rs ...request) *bench {
+		b := newBench(t)
+		for _, r := range rs {
+			b.mustAdd(r)
+			b.age(r)
+		}
+		b.logs.take()
+		b.datapath.reboot()
+		return b
+	}
+	other := request{container: "c2"} // the same cgroup id
+	timed(t, "ADD that finds the lock busy", func(t *testing.T) {
+		b := rebooted(t, request{})
+		b.datapath.loaded, b.datapath.node.Open = true, true
+		lock, err := b.store().Lock(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		b.mustAdd(request{})
+		b.wantRecord(request{}, attachment.Skipped, "busy: ")
+		lock.Unlock()
+		if err := b.node().Sweep(t.Context(), b.config()); err != nil {
+			t.Fatal(err)
+		}
+		b.wantRecord(request{}, attachment.Attached, "")
+		b.wantLinks(101)
+	})
+	t.Run("status", func(t *testing.T) {
+		b := rebooted(t, request{}, request{container: "db", cniArgs: "K8S_POD_NAMESPACE=ns;K8S_POD_NAME=db"})
+		b.mustAdd(other)
+		r := b.node().Status(b.config(), "")
+		if len(r.Pods) != 2 || r.Totals.Pods["attached"] != 1 || r.Totals.Pods[NotAttached] != 1 {
+			t.Fatalf("pods %+v", r.Pods)
+		}
+		if db := r.Pods[0]; db.Name != "db" || db.State != NotAttached || db.Reason != reasonReboot || db.CgroupID != 0 {
+			t.Errorf("pod %+v", db)
+		}
+		if web := r.Pods[1]; web.State != "attached" || !slices.Equal(web.Containers, []string{"c2"}) {
+			t.Errorf("pod %+v", web)
+		}
+	})
+	t.Run("settings of another pod", func(t *testing.T) {
+		b := rebooted(t, request{conf: `"mode":"off"`}, request{network: "second", conf: `"excludePorts":[80]`})
+		b.mustAdd(other)
+		if p := b.pod(101); !p.Enabled || len(p.ExcludePorts) > 0 {
+			t.Errorf("settings %+v", p)
+		}
+		b.mustDel(request{})
+		b.mustDel(request{network: "second"})
+		b.wantLinks(101)
+		b.mustDel(other)
+		b.wantNothing()
+	})
+	t.Run("link of another pod", func(t *testing.T) {
+		b := rebooted(t, request{})
+		b.mustAdd(other)
+		b.mustDel(other)
+		b.wantLinks()
+	})
+	t.Run("link without a record", func(t *testing.T) {
+		b := rebooted(t, request{})
+		b.mustAdd(other)
+		rec, _ := b.record(other)
+		if err := b.store().Delete(rec.Key); err != nil {
+			t.Fatal(err)
+		}
+		b.mustDel(request{})
+		b.wantLinks(101)
+	})
+	t.Run("CHECK", func(t *testing.T) {
+		b := rebooted(t, request{})
+		b.datapath.loaded = true
+		b.datapath.bpffsDev-- // it may well have the number that it had
+		if err := b.check(request{}); err != nil {
+			t.Error(err)
+		}
+		wantCode(t, b.check(request{conf: `"onError":"fail"`}), types.ErrTryAgainLater, reasonReboot)
+	})
+	t.Run("switch and unload", func(t *testing.T) {
+		b := rebooted(t, request{})
+		b.mustAdd(request{container: "c2", cniArgs: "K8S_POD_NAMESPACE=ns;K8S_POD_NAME=db"})
+		_, err := b.node().SwitchPod(t.Context(), b.config(), "ns", "web", true)
+		if !errors.Is(err, ErrNoPod) || strings.Contains(err.Error(), "skipped") || b.pod(101).SwitchedOff {
+			t.Errorf("error %v, settings %+v", err, b.pod(101))
+		}
+		if out, err := b.node().Unload(t.Context(), b.config(), true); err != nil || out.Detached != 1 {
+			t.Errorf("%+v, %v", out, err)
+		}
+	})
+	t.Run("not adopted", func(t *testing.T) {
+		b := newBench(t)
+		b.datapath.fail["Load"] = datapath.ErrBusy
+		b.mustAdd(request{})
+		delete(b.datapath.fail, "Load")
+		b.age(request{})
+		b.datapath.loaded = true
+		if err := b.node().Sweep(t.Context(), b.config()); err != nil {
+			t.Error(err)
+		}
+		b.wantLinks()
 	})
 }

@@ -206,7 +206,8 @@ func (c change) steps(t *testing.T, s *Store) []string {
 	t.Helper()
 	mustPut(t, s, c.before...)
 	var steps []string
-	hooked := &Store{dir: s.dir, hook: func(name string) { steps = append(steps, name) }}
+	hooked := NewStore(s.dir)
+	hooked.hook = func(name string) { steps = append(steps, name) }
 	var err error
 	if c.do == "put" {
 		err = hooked.Put(c.record)

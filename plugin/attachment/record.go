@@ -91,6 +91,17 @@ type Record struct {
 	// Pending is what a skipped attachment was to be, had there been time. The
 	// record has no part in that cgroup until somebody makes it so.
 	Pending *Pending `json:"pending,omitempty"`
+	// Stale tells of a record that was read: it was written before the node was
+	// booted. What it speaks of is gone, and its cgroup's id may be another's.
+	Stale bool `json:"-"`
+
+	boot string // see wire
+}
+
+// wire is the JSON form of a record.
+type wire struct {
+	Record
+	BootID string `json:"bootID,omitempty"` // of the boot in which it was written
 }
 
 // Pending is an attachment that can still be made. Its fields are those of [Record].
@@ -120,7 +131,7 @@ func (r Record) encode() ([]byte, error) {
 			return nil, fmt.Errorf("%w: key part %.64q is not UTF-8", ErrInvalid, part)
 		}
 	}
-	data, err := json.Marshal(r)
+	data, err := json.Marshal(wire{r, r.boot})
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrInvalid, err)
 	}
@@ -150,14 +161,15 @@ func decode(data []byte) (Record, error) {
 		r.decodeKnown(data)
 		return r, nil
 	}
-	var r Record
-	if err := json.Unmarshal(data, &r); err != nil {
+	var w wire
+	if err := json.Unmarshal(data, &w); err != nil {
 		return Record{}, fmt.Errorf("%w: %w", ErrCorrupt, err)
 	}
-	if !r.Status.valid() {
-		return Record{}, fmt.Errorf("%w: unknown status %.64q", ErrCorrupt, r.Status)
+	if !w.Status.valid() {
+		return Record{}, fmt.Errorf("%w: unknown status %.64q", ErrCorrupt, w.Status)
 	}
-	return r, nil
+	w.boot = w.BootID
+	return w.Record, nil
 }
 
 // decodeKnown sets those descriptive fields of a newer record that still have
@@ -170,7 +182,7 @@ func (r *Record) decodeKnown(data []byte) {
 	for name, field := range map[string]any{
 		"podNamespace": &r.PodNamespace, "podName": &r.PodName, "podUID": &r.PodUID, "reason": &r.Reason,
 		"cgroupPath": &r.CgroupPath, "bpffsDev": &r.BPFFSDev, "mountNS": &r.MountNS, "netNS": &r.NetNS,
-		"created": &r.Created,
+		"created": &r.Created, "bootID": &r.boot,
 	} {
 		if raw, ok := fields[name]; ok {
 			// A field of another type stays zero.

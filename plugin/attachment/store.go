@@ -27,7 +27,8 @@
 //
 // Nothing is synced to disk. A rename is atomic for other processes without
 // it; it would only matter after a power failure, and then the pods, the
-// cgroups and the BPF links that the records speak of are gone too.
+// cgroups and the BPF links that the records speak of are gone too. Where the
+// run directory outlives that, [Record.Stale] tells.
 //
 // Put, Get, Delete and ByCgroup cost as much with a thousand attachments as
 // with one. List, ListNetwork and Repair read all of them.
@@ -45,6 +46,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 
 	"golang.org/x/sys/unix"
 )
@@ -87,6 +89,7 @@ const (
 // several goroutines and processes at once.
 type Store struct {
 	dir  string
+	boot func() string     // the id of this boot, "" where it is not to be had
 	hook func(step string) // called after each change to the directory; set by tests
 }
 
@@ -96,7 +99,10 @@ func NewStore(runDir string) *Store {
 	if runDir == "" {
 		runDir = DefaultRunDir
 	}
-	return &Store{dir: filepath.Clean(runDir)}
+	return &Store{dir: filepath.Clean(runDir), boot: sync.OnceValue(func() string {
+		id, _ := BootID() // nothing is stale without it
+		return id
+	})}
 }
 
 func (s *Store) did(step string) {
@@ -125,6 +131,7 @@ func (s *Store) record(r Record, rename func(t *tree, from, to string) error) er
 }
 
 func (s *Store) put(r Record, rename func(t *tree, from, to string) error) error {
+	r.boot = s.boot()
 	data, err := r.encode()
 	if err != nil {
 		return err
@@ -419,6 +426,9 @@ func (t *tree) read(file string) (Record, unix.Stat_t, error) {
 	if r.Key.FileName() != file {
 		return Record{}, st, fmt.Errorf("%s: %w: it is the record of another attachment (%s)", f.Name(), ErrCorrupt, r.Key.describe())
 	}
+	now := t.s.boot()
+	r.Stale = r.boot != "" && now != "" && r.boot != now
+	r.boot = ""
 	return r, st, nil
 }
 

@@ -23,6 +23,52 @@ func newTestStore(t *testing.T) *Store {
 	return NewStore(filepath.Join(t.TempDir(), "run"))
 }
 
+// A record from before the node was booted is known as such, until it is written again.
+func TestStale(t *testing.T) {
+	s := newTestStore(t)
+	ids := map[string]string{"first": "a", "second": "b", "unknown": ""}
+	now := "first"
+	s.boot = func() string { return ids[now] }
+	for _, tc := range []struct {
+		written, read string
+		stale         bool
+	}{
+		{"first", "first", false}, {"first", "second", true}, {"second", "second", false},
+		{"first", "unknown", false}, {"unknown", "second", false},
+	} {
+		r := testRecord(1, 7)
+		r.Stale = tc.read == "second" // that is not what counts
+		now = tc.written
+		if err := s.Put(r); err != nil {
+			t.Fatal(err)
+		}
+		now = tc.read
+		one, err := s.Get(r.Key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		all, err := s.List()
+		if err != nil || len(all) != 1 {
+			t.Fatalf("List: %+v, %v", all, err)
+		}
+		of, err := s.ByCgroup(7)
+		if err != nil || len(of) != 1 {
+			t.Fatalf("ByCgroup: %+v, %v", of, err)
+		}
+		if one.Stale != tc.stale || all[0].Stale != tc.stale || of[0].Stale != tc.stale {
+			t.Errorf("written in boot %s, read in %s: %+v, %+v, %+v", tc.written, tc.read, one, all, of)
+		}
+	}
+	// That of the kernel.
+	real := NewStore(s.dir)
+	if id := real.boot(); len(id) != 36 {
+		t.Errorf("boot id %q", id)
+	}
+	if r, err := real.Get(testKey(1)); err != nil || r.Stale {
+		t.Errorf("of an unknown boot: %+v, %v", r, err)
+	}
+}
+
 func testKey(n int) Key { return Key{"net", fmt.Sprintf("container%d", n), "eth0"} }
 
 func testRecord(n int, cgroup uint64) Record {

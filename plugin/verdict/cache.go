@@ -14,6 +14,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/skipstack/skipstack/plugin/attachment"
 	"github.com/skipstack/skipstack/plugin/datapath"
 	"github.com/skipstack/skipstack/plugin/regular"
 )
@@ -117,15 +118,6 @@ func fileName(bootID string, build [16]byte) string {
 	return filePrefix + bootID + "-" + hex.EncodeToString(build[:]) + ".json"
 }
 
-// bootID reads the id that the kernel gave itself at this boot.
-func bootID() (string, error) {
-	data, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	if err != nil {
-		return "", fmt.Errorf("read the boot id: %w", err)
-	}
-	return strings.TrimSpace(string(data)), nil
-}
-
 // Cached returns the verdict of this boot and this binary.
 //
 // Returns an error wrapping [ErrNoVerdict] where runDir holds none, and where
@@ -139,7 +131,7 @@ func Cached(runDir string) (*Verdict, error) { return cachedBy(runDir, build()) 
 func CachedBy(program, runDir string) (*Verdict, error) { return cachedBy(runDir, buildOf(program)) }
 
 func cachedBy(runDir string, build [16]byte) (*Verdict, error) {
-	boot, err := bootID()
+	boot, err := attachment.BootID()
 	if err != nil {
 		return nil, err
 	}

@@ -15,6 +15,7 @@ import (
 	"github.com/cilium/ebpf/features"
 	"golang.org/x/sys/unix"
 
+	"github.com/skipstack/skipstack/plugin/attachment"
 	"github.com/skipstack/skipstack/plugin/datapath"
 )
 
@@ -128,7 +129,7 @@ func privilege(err error) error {
 
 // newVerdict says that nothing was tried.
 func newVerdict() (*Verdict, error) {
-	boot, err := bootID()
+	boot, err := attachment.BootID()
 	if err != nil {
 		return nil, err
 	}

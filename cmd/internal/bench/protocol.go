@@ -6,10 +6,10 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
-	"os"
 	"slices"
-	"strings"
 	"time"
+
+	"github.com/skipstack/skipstack/plugin/attachment"
 )
 
 // A client and a server in pods of the user talk JSON, one object on a line, over a
@@ -75,11 +75,11 @@ func readLine(r *bufio.Reader, v any) error {
 
 // bootID identifies the running kernel, and so the node: pods see the node's.
 func bootID() (string, error) {
-	id, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	id, err := attachment.BootID()
 	if err != nil {
 		return "", fmt.Errorf("tell which node this is: %w", err)
 	}
-	return strings.TrimSpace(string(id)), nil
+	return id, nil
 }
 
 // checkOrder returns what a server passes on to its worker of a client's order, for
