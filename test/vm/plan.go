@@ -142,7 +142,7 @@ func on(set string, level verdict.Level, risks datapath.Risk, way string) []suit
 				"TestConcurrentLoadsPublishOne", "TestAttachIsIdempotentAndSweptWithItsCgroup", "TestUpgradeReplacesProgramsOfAnotherBuild", "TestSwitchNodeReachesSetsWithoutPins")
 			s.scaled = []string{"only loading, attaching, upgrading and the guard" + slow}
 		case "plugin/verdict":
-			s.only, s.skip = alternatives("TestRun", "TestMeasureMemory", "TestSweep"), ""
+			s.only, s.skip = alternatives("TestRun", "TestGuard", "TestMeasureMemory", "TestSweep"), ""
 			s.scaled = []string{"only the probes as they are" + slow}
 		case "test/datapath":
 			s.only = alternatives("TestGoProxies", "TestSpliceIsRefused", "TestFIONREAD", "TestReset", "TestCloseDelivers", "TestMPTCP",
