@@ -72,7 +72,7 @@ func crossover(points []Result) string {
 		return fmt.Sprintf("plain TCP is faster here at every size, %s", span)
 	case crossing == len(slower):
 		// Nothing was measured between the two.
-		return fmt.Sprintf("below a size between %s and %s one-way, plain TCP is faster here", points[crossing-1].message(), points[crossing].message())
+		return fmt.Sprintf("below a size between %s and %s, plain TCP is faster here", points[crossing-1].message(), points[crossing].message())
 	}
 	return fmt.Sprintf("plain TCP is faster here at %s, of %s", strings.Join(slower, ", "), span)
 }
