@@ -34,7 +34,18 @@ func (p *Plugin) Del(args *skel.CmdArgs) error {
 		defer closer.Close()
 		log = log.With(attrs(key)...)
 		store := attachment.NewStore(conf.RunDir)
-		if err := safely(func() error { return p.del(ctx, log, store, conf, key) }); err != nil {
+		del := func(ctx context.Context) error {
+			return safely(func() error { return p.del(ctx, log, store, conf, key) })
+		}
+		err := del(ctx)
+		if errors.Is(err, attachment.ErrBusy) {
+			// ctx may have ended before the lock was tried at all, or while nobody held
+			// it any more: there is a little time left.
+			end, cancel := context.WithTimeout(context.WithoutCancel(ctx), p.budget/16)
+			defer cancel()
+			err = del(end)
+		}
+		if err != nil {
 			log.Warn("pod's link is left to the sweep", "error", reason(err))
 			// Removing one record needs no lock.
 			return store.Delete(key)

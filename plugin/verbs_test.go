@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -606,6 +607,26 @@ func FuzzGC(f *testing.F) {
 			}
 		}
 	})
+}
+
+// A DEL that has lost its time before it comes to the lock takes it all the same, if it
+// is free.
+func TestDelLate(t *testing.T) { synctest.Test(t, delLate) }
+
+func delLate(t *testing.T) {
+	b := newBench(t)
+	b.mustAdd(request{})
+	p := b.plugin(io.Discard)
+	log := p.Log
+	p.Log = func(c Config) (*slog.Logger, io.Closer) {
+		time.Sleep(p.budget * 9 / 10) // as where the log's disk is slow
+		return log(c)
+	}
+	if err := p.Del(b.args(request{})); err != nil {
+		t.Error(err)
+	}
+	b.wantLines(0)
+	b.wantNothing()
 }
 
 // In a run directory that outlives a reboot, records speak of links that are gone and of
