@@ -21,12 +21,12 @@ func streams(speedups ...float64) []Result {
 
 func TestCrossover(t *testing.T) {
 	for want, points := range map[string][]Result{
-		"skipstack is faster at every size, 64 B to 4 KiB":                       streams(1, 1.5, 2, 3),
-		"plain TCP is faster here at every size, 64 B to 4 KiB":                  streams(0.5, 0.6, 0.7, 0.99),
-		"below a size between 64 B and 256 B, plain TCP is faster here":  streams(0.5, 1.5, 2, 3),
-		"below a size between 256 B and 1 KiB, plain TCP is faster here": streams(0.5, 0.9, 1, 3),
-		"plain TCP is faster here at 256 B, of 64 B to 4 KiB":                    streams(1.1, 0.9, 2, 3),
-		"plain TCP is faster here at 64 B, 1 KiB, 4 KiB, of 64 B to 4 KiB":       streams(0.9, 1.1, 0.9, 0.9),
+		"skipstack is faster at every size, 64 B to 4 KiB":                 streams(1, 1.5, 2, 3),
+		"plain TCP is faster here at every size, 64 B to 4 KiB":            streams(0.5, 0.6, 0.7, 0.99),
+		"below a size between 64 B and 256 B, plain TCP is faster here":    streams(0.5, 1.5, 2, 3),
+		"below a size between 256 B and 1 KiB, plain TCP is faster here":   streams(0.5, 0.9, 1, 3),
+		"plain TCP is faster here at 256 B, of 64 B to 4 KiB":              streams(1.1, 0.9, 2, 3),
+		"plain TCP is faster here at 64 B, 1 KiB, 4 KiB, of 64 B to 4 KiB": streams(0.9, 1.1, 0.9, 0.9),
 	} {
 		if got := crossover(points); got != want {
 			t.Errorf("got %q, want %q", got, want)
