@@ -93,7 +93,8 @@ type Verdict struct {
 	Supported bool
 	// Node is the gate that the verdict asks for.
 	Node datapath.NodeSettings
-	// Due tells that a probe could not tell, and that it is time to try it again.
+	// Due tells that a probe could not tell, or not all, and that it is time for this
+	// process to try it again.
 	Due bool
 	// Summary is one line for people, Document the whole for JSON.
 	Summary  string

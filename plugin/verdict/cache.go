@@ -39,6 +39,7 @@ type wire struct {
 	Funnel         bool      `json:"funnel"`
 	MPTCPListeners bool      `json:"mptcpListeners"`
 	Guard          string    `json:"guard"` // a datapath.Guard
+	RingUntried    bool      `json:"ringUntried,omitempty"`
 	Kernel         string    `json:"kernel"`
 	BootID         string    `json:"bootID"`
 	Build          string    `json:"build"`
@@ -55,6 +56,7 @@ func (v *Verdict) MarshalJSON() ([]byte, error) {
 		Funnel:         v.Funnel,
 		MPTCPListeners: v.MPTCPListeners,
 		Guard:          string(v.Guard),
+		RingUntried:    v.RingUntried,
 		Kernel:         v.Kernel,
 		BootID:         v.BootID,
 		Build:          hex.EncodeToString(v.Build[:]),
@@ -92,7 +94,7 @@ func decode(data []byte) (*Verdict, error) {
 	if guard != datapath.NoGuard && !slices.Contains(datapath.Guards(), guard) {
 		return nil, fmt.Errorf("unknown guard %q", w.Guard)
 	}
-	v := &Verdict{Funnel: w.Funnel, Guard: guard, Probes: w.Probes, Kernel: w.Kernel, BootID: w.BootID, ProbedAt: w.ProbedAt}
+	v := &Verdict{Funnel: w.Funnel, Guard: guard, RingUntried: w.RingUntried, Probes: w.Probes, Kernel: w.Kernel, BootID: w.BootID, ProbedAt: w.ProbedAt}
 	if n, err := hex.Decode(v.Build[:], []byte(w.Build)[:min(len(w.Build), 2*len(v.Build))]); err != nil || len(w.Build) != 2*n || n != len(v.Build) {
 		return nil, fmt.Errorf("malformed build %q", w.Build)
 	}
@@ -107,6 +109,9 @@ func decode(data []byte) (*Verdict, error) {
 	}
 	if v.Guard != datapath.NoGuard && v.Risks&datapath.RiskSplice != 0 {
 		return nil, fmt.Errorf("guard %q does not follow from the probes", v.Guard)
+	}
+	if v.RingUntried && v.Risks&datapath.RiskSplice != 0 {
+		return nil, errors.New("io_uring's splice alone was not tried, which does not follow from the probes")
 	}
 	if v.Level != w.Verdict || v.Risks != risks || v.MPTCPListeners != w.MPTCPListeners {
 		return nil, fmt.Errorf("verdict %q and risks %q do not follow from the probes", w.Verdict, w.Risks)

@@ -280,6 +280,59 @@ func TestRecall(t *testing.T) {
 	}
 }
 
+// What was judged with io_uring stands where a seccomp filter keeps a later look from
+// trying it, and not the other way round.
+func TestRecallRing(t *testing.T) {
+	for name, tc := range map[string]struct {
+		earlier, now       Result
+		earlierPart, part  bool
+		risks              datapath.Risk
+		guard              datapath.Guard
+		untried, tellsLess bool
+	}{
+		"full, then in part":         {earlier: OK, now: OK, part: true, guard: datapath.GuardLSM, tellsLess: true},
+		"not ok, then in part":       {earlier: NotOK, now: OK, part: true, risks: datapath.RiskSplice, tellsLess: true},
+		"not told, then in part":     {earlier: CouldNotTell, now: OK, part: true, guard: datapath.GuardFmodRet, untried: true},
+		"in part twice":              {earlier: OK, earlierPart: true, now: OK, part: true, guard: datapath.GuardFmodRet, untried: true},
+		"in part, then full":         {earlier: OK, earlierPart: true, now: OK, guard: datapath.GuardFmodRet},
+		"in part, then not ok":       {earlier: OK, earlierPart: true, now: NotOK, risks: datapath.RiskSplice},
+		"in part, then not told":     {earlier: OK, earlierPart: true, now: CouldNotTell, guard: datapath.GuardLSM, untried: true, tellsLess: true},
+		"full, then could not tell":  {earlier: OK, now: CouldNotTell, guard: datapath.GuardLSM, tellsLess: true},
+		"not told, then told in all": {earlier: CouldNotTell, now: OK, guard: datapath.GuardFmodRet},
+	} {
+		earlier, v := made(tc.earlier, ProbeSplice), made(tc.now, ProbeSplice)
+		if earlier.RingUntried = tc.earlierPart; tc.earlier == OK {
+			earlier.Guard = datapath.GuardLSM
+		}
+		if v.RingUntried = tc.part; tc.now == OK {
+			v.Guard = datapath.GuardFmodRet
+		}
+		if got := v.TellsLess(earlier); got != tc.tellsLess {
+			t.Errorf("%s: tells less: %v", name, got)
+		}
+		v.Recall(earlier)
+		if v.Risks != tc.risks || v.Guard != tc.guard || v.RingUntried != tc.untried {
+			t.Errorf("%s: %+v", name, v)
+		}
+		got, err := decode(encoded(t, v))
+		if err != nil || got.RingUntried != tc.untried {
+			t.Errorf("%s: read back: %+v, %v", name, got, err)
+		}
+		if got.Improvable() != (tc.untried && !filtered("/proc/self/status")) {
+			t.Errorf("%s: improvable: %v", name, got.Improvable())
+		}
+	}
+	v := made(NotOK, ProbeSplice)
+	v.RingUntried = true
+	if got, err := decode(encoded(t, v)); err == nil {
+		t.Errorf("read %+v", got)
+	}
+	v = made(NotOK, ProbeOrder)
+	if v.RingUntried = true; v.Improvable() {
+		t.Error("a kernel that is not supported is not by io_uring")
+	}
+}
+
 // A guard that cannot be attached after all leaves the risk until the next look.
 func TestGuardFailed(t *testing.T) {
 	v := made(OK)

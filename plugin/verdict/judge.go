@@ -347,5 +347,6 @@ func (p *prober) trySplice(ctx context.Context) (Result, string, error) {
 				p.node.Guard, tried.NoRing)
 		}
 	}
+	p.v.RingUntried = tried.NoRing != "" && filtered("/proc/self/status")
 	return OK, did + ", and a Go io.Copy proxy passes", nil
 }

@@ -2,14 +2,17 @@ package verdict
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"maps"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -18,6 +21,8 @@ import (
 const (
 	fakeWorkerArg = "fake-worker" // a worker with other experiments, see fakes
 	runArg        = "run"         // Run with the rest of the arguments as its worker's
+	unfilteredArg = "unfiltered"  // as runArg, but prints the verdict
+	filteredArg   = "filtered"    // the same where seccomp refuses io_uring
 	buildArg      = "build"       // prints what identifies the binary
 )
 
@@ -33,6 +38,12 @@ func TestMain(m *testing.M) {
 		case buildArg:
 			fmt.Printf("%x", build())
 			os.Exit(0)
+		case filteredArg, unfilteredArg:
+			if err := printVerdict(os.Args[1] == filteredArg, args); err != nil {
+				fmt.Println(err)
+				os.Exit(1)
+			}
+			os.Exit(0)
 		case runArg:
 			_, err := Run(context.Background(), Env{CgroupRoot: args[0], workerArgs: args[1:]})
 			if errors.Is(err, ErrPrivilege) {
@@ -43,6 +54,36 @@ func TestMain(m *testing.M) {
 		}
 	}
 	os.Exit(m.Run())
+}
+
+func printVerdict(filter bool, args []string) error {
+	if filter {
+		if err := filterRing(); err != nil {
+			return err
+		}
+	}
+	v, err := Run(context.Background(), Env{CgroupRoot: args[0], workerArgs: args[1:]})
+	if err != nil {
+		return err
+	}
+	return json.NewEncoder(os.Stdout).Encode(v)
+}
+
+// filterRing has seccomp refuse io_uring to this process, as container runtimes do.
+func filterRing() error {
+	filter := []unix.SockFilter{
+		{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_ABS}, // the number of the call
+		{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, K: unix.SYS_IO_URING_SETUP, Jf: 1},
+		{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ERRNO | uint32(unix.EPERM)},
+		{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ALLOW},
+	}
+	program := unix.SockFprog{Len: uint16(len(filter)), Filter: &filter[0]}
+	_, _, errno := unix.Syscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, unix.SECCOMP_FILTER_FLAG_TSYNC, uintptr(unsafe.Pointer(&program)))
+	runtime.KeepAlive(filter)
+	if errno != 0 {
+		return fmt.Errorf("seccomp: %w", errno)
+	}
+	return nil
 }
 
 // fakes are kernels and workers that behave in ways that this kernel does not.
@@ -112,6 +153,10 @@ var fakes = map[string]func(map[string]experiment){
 			ring := blind(splicer{"io_uring's splice", splicers[0].move})
 			return l.spliceBy(append(slices.Clip(splicers), ring))
 		}
+	},
+	"no io_uring": func(table map[string]experiment) {
+		table[expSplice] = after(exchange, func(f *finding) { f.Spliced, f.NoRing = spliceWorks, "io_uring is refused" })
+		table[expProxy] = exchange
 	},
 	"sleeps on": func(table map[string]experiment) {
 		table[expWake] = after(wake, func(f *finding) { f.Fault = "edge-triggered epoll does not report the first bytes" })

@@ -234,6 +234,34 @@ func runFake(t *testing.T, fake string, told func(*Verdict) bool) *Verdict {
 	return v
 }
 
+// A process that a seccomp filter keeps from io_uring says that it has not tried it. One
+// without a filter has nobody to leave that to.
+func TestRingUntried(t *testing.T) {
+	root := cgroupRoot(t)
+	splicesWithoutRing := []string{root, fakeWorkerArg, "no io_uring"}
+	for arg, want := range map[string]bool{filteredArg: true, unfilteredArg: filtered("/proc/self/status")} {
+		for tries := 10; ; tries-- {
+			out, err := exec.Command("/proc/self/exe", append([]string{arg}, splicesWithoutRing...)...).CombinedOutput()
+			if err != nil {
+				t.Fatalf("%s: %v: %s", arg, err, out)
+			}
+			v, err := decode(out)
+			if err != nil {
+				t.Fatalf("%s: %v: %s", arg, err, out)
+			}
+			p := v.probe(ProbeSplice)
+			if p.Result == CouldNotTell && tries > 1 {
+				t.Logf("once more: %+v", p)
+				continue
+			}
+			if p.Result != OK || v.RingUntried != want || v.Improvable() != (want && !filtered("/proc/self/status")) {
+				t.Errorf("%s: %s", arg, out)
+			}
+			break
+		}
+	}
+}
+
 // TestGuard: the guard refuses io_uring's splice, too, and one that does not is none.
 func TestGuard(t *testing.T) {
 	guard := datapath.NoGuard
@@ -248,6 +276,9 @@ func TestGuard(t *testing.T) {
 		}
 		if strings.Contains(p.Detail, "also io_uring's") == noRing() || strings.Contains(p.Detail, "not tried") != noRing() {
 			t.Errorf("%+v", p)
+		}
+		if v.RingUntried != (noRing() && filtered("/proc/self/status")) {
+			t.Errorf("io_uring is untried: %v", v.RingUntried)
 		}
 	})
 	t.Run("costs", func(t *testing.T) {

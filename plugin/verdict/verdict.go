@@ -11,7 +11,9 @@ package verdict
 import (
 	"errors"
 	"fmt"
+	"os"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/skipstack/skipstack/plugin/datapath"
@@ -116,12 +118,15 @@ type Verdict struct {
 	MPTCPListeners bool
 	// Guard is the form of the splice guard that works. Where none does, or none is
 	// needed, it is [datapath.NoGuard]; probe splice tells which.
-	Guard    datapath.Guard
-	Probes   []Probe   // each once, in a fixed order
-	Kernel   string    // uname -r
-	BootID   string    // of the boot that was probed
-	Build    [16]byte  // identifies the binary that probed
-	ProbedAt time.Time // wall clock
+	Guard datapath.Guard
+	// RingUntried tells that probe splice is ok without io_uring's having been tried,
+	// from which a seccomp filter may have kept the process, as in a container.
+	RingUntried bool
+	Probes      []Probe   // each once, in a fixed order
+	Kernel      string    // uname -r
+	BootID      string    // of the boot that was probed
+	Build       [16]byte  // identifies the binary that probed
+	ProbedAt    time.Time // wall clock
 }
 
 // NodeSettings is the gate that the verdict asks for.
@@ -225,29 +230,58 @@ func (v *Verdict) Due(now time.Time) bool {
 	return age < 0 || age > after
 }
 
+// Improvable tells that this process may find out what [Verdict.RingUntried] has left
+// open: no seccomp filter keeps it from that.
+func (v *Verdict) Improvable() bool {
+	return v.RingUntried && v.Level != Unsupported && !filtered("/proc/self/status")
+}
+
+// filtered tells if a seccomp filter is in force, by a process's status: proc(5).
+func filtered(status string) bool {
+	data, err := os.ReadFile(status)
+	return err == nil && strings.Contains(string(data), "\nSeccomp:\t2\n")
+}
+
 // Recall puts what an earlier verdict of this boot and build could tell in the
-// place of what v could not: the kernel has not changed, the machine was busy.
+// place of what v could not: the kernel has not changed, the machine was busy, or a
+// seccomp filter in the way.
 func (v *Verdict) Recall(earlier *Verdict) {
 	for i, p := range v.Probes {
-		was := earlier.Probes[i]
-		if p.Result != CouldNotTell || was.Result == CouldNotTell {
+		if !v.tellsLessBy(i, earlier) {
 			continue
 		}
-		v.Probes[i] = was
+		v.Probes[i] = earlier.Probes[i]
 		switch p.Name {
 		case ProbeFIONREAD:
 			v.Funnel = earlier.Funnel
 		case ProbeSplice:
-			v.Guard = earlier.Guard
+			v.Guard, v.RingUntried = earlier.Guard, earlier.RingUntried
 		}
 	}
 	v.conclude()
 }
 
+// TellsLess says whether a probe of v could not tell, or not all, that one of an earlier
+// verdict could.
+func (v *Verdict) TellsLess(earlier *Verdict) bool {
+	for i := range v.Probes {
+		if v.tellsLessBy(i, earlier) {
+			return true
+		}
+	}
+	return false
+}
+
+func (v *Verdict) tellsLessBy(probe int, earlier *Verdict) bool {
+	p, was := v.Probes[probe], earlier.Probes[probe]
+	inPart := p.Name == ProbeSplice && v.RingUntried && !earlier.RingUntried
+	return (p.Result == CouldNotTell || inPart) && was.Result != CouldNotTell
+}
+
 // GuardFailed records that the guard of the verdict could not be attached after
 // all: what that came of, the next look tells.
 func (v *Verdict) GuardFailed(err error, now time.Time) {
-	v.Guard = datapath.NoGuard
+	v.Guard, v.RingUntried = datapath.NoGuard, false
 	v.set(ProbeSplice, CouldNotTell, noGuard+" (no splice guard: "+guardTrouble(err)+")")
 	v.ProbedAt = now.UTC().Truncate(time.Second)
 	v.conclude()

@@ -205,20 +205,10 @@ func (e *examination) store() string {
 		return text(err)
 	}
 	opened.Close()
-	if old, err := e.o.Kernel.Cached(dir); err == nil && tellsLess(e.Verdict, old) {
+	if old, err := e.o.Kernel.Cached(dir); err == nil && e.Verdict.TellsLess(old) {
 		return fmt.Sprintf("it could not tell all that the one of %s could", old.ProbedAt.Format(time.DateTime))
 	}
 	return text(e.o.Kernel.Save(e.Verdict, dir))
-}
-
-// tellsLess says whether a probe of v could not tell what one of old could.
-func tellsLess(v, old *verdict.Verdict) bool {
-	for i, p := range v.Probes {
-		if p.Result == verdict.CouldNotTell && old.Probes[i].Result != verdict.CouldNotTell {
-			return true
-		}
-	}
-	return false
 }
 
 func (e *examination) measure(ctx context.Context, root string) {
