@@ -424,13 +424,17 @@ func (j *job) unlessGuard(err error) error {
 }
 
 // openGate opens the node's gate if the verdict is known, and takes the splice
-// guard away if the configuration does not want it. The lock is held.
+// guard away if the configuration does not want it. The verdict is about the programs
+// of this build: the prober puts them in the place of another's first. The lock is held.
 func openGate(set Set, conf Config, verdict *Verdict) error {
 	node, err := set.Node()
 	switch {
 	case err != nil:
 		return err
 	case !node.Open && verdict != nil:
+		if build, err := set.Build(); err != nil || build != datapath.Build() {
+			return err
+		}
 		return set.SetNode(verdict.gate(conf))
 	case conf.SpliceGuard == SpliceGuardOff && node.Guard != datapath.NoGuard:
 		return set.SetNode(unguarded(node))

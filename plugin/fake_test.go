@@ -128,7 +128,7 @@ func (f *fakeDatapath) Upgrade(ctx context.Context, bpffs string, o datapath.Loa
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	changed := f.build != "this"
-	f.build = "this"
+	f.build, f.programs = "this", datapath.Build()
 	return s, changed, nil
 }
 

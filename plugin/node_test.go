@@ -243,6 +243,49 @@ func TestProbeAfterUpgrade(t *testing.T) {
 	}
 }
 
+// A gate that is closed is opened for programs of this build only, which the prober puts
+// in the place of another's.
+func TestProbeRenews(t *testing.T) {
+	for name, verdict := range map[string]*Verdict{"cached": safe(), "none yet": nil} {
+		t.Run(name, func(t *testing.T) {
+			b := newBench(t)
+			b.datapath.loaded, b.datapath.build = true, "another"
+			b.datapath.programs[0]++
+			b.verdicts.cached, b.verdicts.probed = verdict, safe()
+			b.datapath.during = func(op string) {
+				if b.datapath.node.Open && b.datapath.programs != datapath.Build() {
+					t.Errorf("open at %s", op)
+				}
+			}
+			b.mustAdd(request{})
+			b.wantLinks(101)
+			if b.datapath.node.Open || !slices.Equal(b.prober.starts, []bool{false}) {
+				t.Fatalf("gate %+v, prober %v", b.datapath.node, b.prober.starts)
+			}
+			if _, err := b.node().Probe(t.Context(), b.config(), false, nil); err != nil {
+				t.Fatal(err)
+			}
+			if b.datapath.programs != datapath.Build() || !b.datapath.node.Open {
+				t.Errorf("gate %+v, this build's programs: %v", b.datapath.node, b.datapath.programs == datapath.Build())
+			}
+			b.mustAdd(request{container: "c2"})
+			if len(b.prober.starts) != 1 {
+				t.Errorf("prober %v", b.prober.starts)
+			}
+		})
+	}
+	t.Run("unsupported", func(t *testing.T) {
+		b := newBench(t)
+		b.datapath.loaded, b.datapath.build = true, "another"
+		b.datapath.programs[0]++
+		b.verdicts.cached = &Verdict{}
+		_, _ = b.node().Probe(t.Context(), b.config(), false, nil)
+		if b.datapath.called("Upgrade") != 0 || b.datapath.build != "another" || b.datapath.node.Open {
+			t.Errorf("calls %v, gate %+v", b.datapath.calls, b.datapath.node)
+		}
+	})
+}
+
 // A guard that cannot be loaded is left out of the verdict, and tried again when that
 // is due.
 func TestProbeGuardFails(t *testing.T) {
