@@ -116,9 +116,14 @@ func (s *Set) attach(cgroup *os.File, cgroupID uint64) (created bool, err error)
 			return false, err
 		}
 	}
+	track, err := s.program(bpf.DatapathProgTrack)
+	if err != nil {
+		return false, err
+	}
+	defer track.Close()
 	l, err := link.AttachCgroup(link.CgroupOptions{
 		Path:    fmt.Sprintf("/proc/self/fd/%d", cgroup.Fd()), // the directory that was looked at
-		Program: s.progs[bpf.DatapathProgTrack],
+		Program: track,
 		Attach:  ebpf.AttachCGroupSockOps,
 	})
 	if errors.Is(err, unix.EPERM) {

@@ -156,7 +156,12 @@ func (s *Set) writeNode(n NodeSettings) error {
 		return err
 	}
 	if n.Funnel && ctl.Funnel == 0 {
-		if err := s.attachFunnel(); err != nil {
+		funnel, err := s.program(bpf.DatapathProgFunnel)
+		if err != nil {
+			return err
+		}
+		defer funnel.Close()
+		if err := s.attachFunnel(funnel); err != nil {
 			return err
 		}
 	}
@@ -170,10 +175,10 @@ func (s *Set) writeNode(n NodeSettings) error {
 	return nextGeneration(s.maps[bpf.DatapathMapSkipstackSwitch])
 }
 
-func (s *Set) attachFunnel() error {
+func (s *Set) attachFunnel(funnel *ebpf.Program) error {
 	err := link.RawAttachProgram(link.RawAttachProgramOptions{
 		Target:  s.maps[bpf.DatapathMapSocks].FD(),
-		Program: s.progs[bpf.DatapathProgFunnel],
+		Program: funnel,
 		Attach:  ebpf.AttachSkSKBVerdict,
 	})
 	if err != nil {

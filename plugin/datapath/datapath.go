@@ -187,6 +187,19 @@ func Open(bpffs string) (*Set, error) {
 	return openSet(layout(bpffs))
 }
 
+// program opens one of a set: of a published one what is pinned now, as an upgrade may
+// have replaced it since the set was opened. The caller closes it.
+func (s *Set) program(name string) (*ebpf.Program, error) {
+	if s.dir == "" {
+		return s.progs[name].Clone()
+	}
+	p, err := ebpf.LoadPinnedProgram(filepath.Join(s.dir, "progs", name), nil)
+	if err != nil {
+		return nil, fmt.Errorf("open program %s: %w", name, err)
+	}
+	return p, nil
+}
+
 func openSet(dir string) (*Set, error) {
 	if _, err := os.Stat(dir); err != nil {
 		if errors.Is(err, os.ErrNotExist) {

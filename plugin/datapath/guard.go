@@ -275,7 +275,8 @@ func (g guardPins) load(form Guard) (*guardPrograms, error) {
 	return loadGuard(form, g.socks, refused)
 }
 
-// refused opens the count of refused calls. It is nil where no guard was ever wanted.
+// refused opens the count of refused calls. It is nil where no guard of this kind was
+// ever wanted.
 func (g guardPins) refused() (*ebpf.Map, error) {
 	m, err := ebpf.LoadPinnedMap(g.path("refused"), nil)
 	if errors.Is(err, os.ErrNotExist) {
@@ -283,6 +284,9 @@ func (g guardPins) refused() (*ebpf.Map, error) {
 	}
 	if err != nil {
 		return nil, fmt.Errorf("open the splice guard's counter: %w", err)
+	}
+	if m.MaxEntries() != uint32(bpf.GuardRefusalREFUSALS) { // of a build that counted other things
+		return nil, m.Close()
 	}
 	return m, nil
 }

@@ -422,6 +422,14 @@ func TestUpgradeReplacesProgramsOfAnotherBuild(t *testing.T) {
 	if got := linkedProgram(t, linkPath(fresh.dir, "links", id)); got != newID {
 		t.Errorf("the pod's link has program %d, not %d", got, newID)
 	}
+	// Whoever has opened the set before attaches what is there now.
+	late, lateID := newCgroup(t, "upgrade-late")
+	if _, err := old.Attach(late, lateID); err != nil {
+		t.Fatal(err)
+	}
+	if got := linkedProgram(t, linkPath(fresh.dir, "links", lateID)); got != newID {
+		t.Errorf("a later pod's link has program %d, not %d", got, newID)
+	}
 	pinned, err := Open(bpffs)
 	if err != nil {
 		t.Fatal(err)
@@ -432,6 +440,29 @@ func TestUpgradeReplacesProgramsOfAnotherBuild(t *testing.T) {
 	}
 	if entries, err := os.ReadDir(root(bpffs)); err != nil || len(entries) != 1 {
 		t.Errorf("left %v, %v", entries, err)
+	}
+}
+
+// A build that counted other things has left the guard's counter pinned.
+func TestCountersOfAnotherGuard(t *testing.T) {
+	s := mustLoad(t, newBPFFS(t))
+	m, err := ebpf.NewMap(&ebpf.MapSpec{Type: ebpf.Array, KeySize: 4, ValueSize: 8, MaxEntries: 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
+	g := s.guardPins()
+	if err := os.MkdirAll(filepath.Dir(g.path("refused")), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := m.Pin(g.path("refused")); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Counters(); err != nil {
+		t.Error(err)
+	}
+	if old, err := g.refused(); err != nil || old != nil {
+		t.Errorf("the next guard would count in %v, %v", old, err)
 	}
 }
 

@@ -356,7 +356,7 @@ func (s *Set) replacePrograms(bpffs string, ctl bpf.DatapathControl, window time
 	}()
 	fresh.dir = s.dir
 	if ctl.Funnel != 0 {
-		if err := fresh.attachFunnel(); err != nil {
+		if err := fresh.attachFunnel(fresh.progs[bpf.DatapathProgFunnel]); err != nil {
 			return nil, err
 		}
 	}
@@ -368,27 +368,41 @@ func (s *Set) replacePrograms(bpffs string, ctl bpf.DatapathControl, window time
 	if err := fresh.pinPrograms(tmp); err != nil {
 		return nil, err
 	}
-	// simple_rename_exchange(), fs/libfs.c: bpffs has it since Linux 5.17.
-	progs := filepath.Join(s.dir, "progs")
-	if err := unix.Renameat2(unix.AT_FDCWD, tmp, unix.AT_FDCWD, progs, unix.RENAME_EXCHANGE); err != nil {
-		return nil, fmt.Errorf("exchange %s and %s: %w", tmp, progs, err)
-	}
-	var errs []error
-	for _, dir := range []string{"links", "parked"} {
-		ids, err := linkIDs(filepath.Join(s.dir, dir))
-		errs = append(errs, err)
-		for _, id := range ids {
-			errs = append(errs, updateLink(linkPath(s.dir, dir, id), fresh.progs[bpf.DatapathProgTrack]))
-		}
-	}
-	if err := errors.Join(errs...); err != nil {
-		return nil, fmt.Errorf("update the pods' links: %w", err)
+	if err := fresh.exchangePrograms(tmp); err != nil {
+		return nil, err
 	}
 	fresh.renewGuard()
 	if err := fresh.recordBuild(); err != nil {
 		return nil, err
 	}
 	return fresh, nil
+}
+
+// exchangePrograms exchanges the pinned programs for those of a directory, which are
+// the set's, and has the links go by them. Nobody attaches a pod meanwhile.
+func (s *Set) exchangePrograms(dir string) error {
+	unlock, err := s.guardPins().lock()
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	// simple_rename_exchange(), fs/libfs.c: bpffs has it since Linux 5.17.
+	progs := filepath.Join(s.dir, "progs")
+	if err := unix.Renameat2(unix.AT_FDCWD, dir, unix.AT_FDCWD, progs, unix.RENAME_EXCHANGE); err != nil {
+		return fmt.Errorf("exchange %s and %s: %w", dir, progs, err)
+	}
+	var errs []error
+	for _, dir := range []string{"links", "parked"} {
+		ids, err := linkIDs(filepath.Join(s.dir, dir))
+		errs = append(errs, err)
+		for _, id := range ids {
+			errs = append(errs, updateLink(linkPath(s.dir, dir, id), s.progs[bpf.DatapathProgTrack]))
+		}
+	}
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("update the pods' links: %w", err)
+	}
+	return nil
 }
 
 func (s *Set) recordBuild() error {
