@@ -43,7 +43,7 @@ func asVerdict(v *verdict.Verdict) Verdict {
 	return Verdict{
 		Supported: v.Level != verdict.Unsupported,
 		Node:      v.NodeSettings(),
-		Due:       v.Due(time.Now()) || v.Improvable(),
+		Due:       v.Due(time.Now()),
 		Summary:   v.String(),
 		Document:  v,
 	}

@@ -3,7 +3,6 @@ package plugin
 import (
 	"errors"
 	"testing"
-	"time"
 
 	"github.com/skipstack/skipstack/plugin/verdict"
 )
@@ -41,16 +40,5 @@ func TestProbeTriesAgainWhileInconclusive(t *testing.T) {
 	}
 	if (Verdict{}).Inconclusive() {
 		t.Error("a verdict without document is inconclusive")
-	}
-}
-
-// A verdict that leaves io_uring open is due where no seccomp filter is in force.
-func TestDueForRing(t *testing.T) {
-	v := &verdict.Verdict{Level: verdict.Safe, ProbedAt: time.Now(), RingUntried: true}
-	if got := asVerdict(v); got.Due != v.Improvable() {
-		t.Errorf("due: %v", got.Due)
-	}
-	if v.RingUntried = false; asVerdict(v).Due {
-		t.Error("due for nothing")
 	}
 }

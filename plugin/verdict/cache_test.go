@@ -318,8 +318,8 @@ func TestRecallRing(t *testing.T) {
 		if err != nil || got.RingUntried != tc.untried {
 			t.Errorf("%s: read back: %+v, %v", name, got, err)
 		}
-		if got.Improvable() != (tc.untried && !filtered("/proc/self/status")) {
-			t.Errorf("%s: improvable: %v", name, got.Improvable())
+		if due := got.Due(got.ProbedAt.Add(recheckAfter + 1)); due != (tc.untried && !filtered()) || got.Due(got.ProbedAt) {
+			t.Errorf("%s: due: %v", name, due)
 		}
 	}
 	v := made(NotOK, ProbeSplice)
@@ -328,7 +328,7 @@ func TestRecallRing(t *testing.T) {
 		t.Errorf("read %+v", got)
 	}
 	v = made(NotOK, ProbeOrder)
-	if v.RingUntried = true; v.Improvable() {
+	if v.RingUntried = true; v.Due(v.ProbedAt.Add(recheckAfter + 1)) {
 		t.Error("a kernel that is not supported is not by io_uring")
 	}
 }

@@ -214,14 +214,15 @@ func (v *Verdict) conclude() {
 
 // Due tells if it is time to probe again because a probe could not tell: after a
 // minute if the verdict is inconclusive, else after ten. It never is where every
-// probe could tell, or where one that is not ok decides alone.
+// probe could tell, or where one that is not ok decides alone. [Verdict.RingUntried]
+// counts as what could not be told, unless a seccomp filter keeps this process from it, too.
 func (v *Verdict) Due(now time.Time) bool {
 	var after time.Duration
 	couldNotTell := func(p Probe) bool { return p.Result == CouldNotTell }
 	switch {
 	case v.Inconclusive():
 		after = retryAfter
-	case v.Level != Unsupported && slices.ContainsFunc(v.Probes, couldNotTell):
+	case v.Level != Unsupported && (slices.ContainsFunc(v.Probes, couldNotTell) || v.RingUntried && !filtered()):
 		after = recheckAfter
 	default:
 		return false
@@ -230,15 +231,9 @@ func (v *Verdict) Due(now time.Time) bool {
 	return age < 0 || age > after
 }
 
-// Improvable tells that this process may find out what [Verdict.RingUntried] has left
-// open: no seccomp filter keeps it from that.
-func (v *Verdict) Improvable() bool {
-	return v.RingUntried && v.Level != Unsupported && !filtered("/proc/self/status")
-}
-
-// filtered tells if a seccomp filter is in force, by a process's status: proc(5).
-func filtered(status string) bool {
-	data, err := os.ReadFile(status)
+// filtered tells if a seccomp filter is in force for this process: proc(5).
+func filtered() bool {
+	data, err := os.ReadFile("/proc/self/status")
 	return err == nil && strings.Contains(string(data), "\nSeccomp:\t2\n")
 }
 
