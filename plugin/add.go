@@ -399,10 +399,13 @@ func (j *job) attach(ctx context.Context, set Set, pod *podcgroup.Pod, verdict *
 // time, so that the record comes first: a prober that is asked for before the record is
 // there, and that runs already, may have taken its last look.
 func (j *job) lock(ctx context.Context) (*attachment.Lock, error) {
+	if j.conf.OnError != OnErrorPlain {
+		return j.store.Lock(ctx) // no prober: the pod is made anew
+	}
 	soon, cancel := context.WithTimeout(ctx, j.p.budget/4)
 	defer cancel()
 	lock, err := j.store.Lock(soon)
-	if j.conf.OnError != OnErrorPlain || !errors.Is(err, attachment.ErrBusy) || ctx.Err() != nil {
+	if !errors.Is(err, attachment.ErrBusy) || ctx.Err() != nil {
 		return lock, err
 	}
 	j.pending = true

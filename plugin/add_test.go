@@ -621,6 +621,28 @@ func TestAddKilled(t *testing.T) {
 	}
 }
 
+// A lock that is free again in time keeps no pod from being attached.
+func TestSlowLock(t *testing.T) {
+	for _, conf := range []string{`"onError":"plain"`, `"onError":"fail"`} {
+		t.Run(conf, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				b := newBench(t)
+				b.mustAdd(request{container: "old"})
+				lock, err := b.store().Lock(t.Context())
+				if err != nil {
+					t.Fatal(err)
+				}
+				b.budget = Budget
+				time.AfterFunc(Budget/2, func() { lock.Unlock() })
+				r := request{container: "c1", cgroup: "pod-b", conf: conf}
+				b.mustAdd(r)
+				b.wantLinks(101, 102)
+				b.wantRecord(r, attachment.Attached, "")
+			})
+		})
+	}
+}
+
 // A stuck holder of the lock stops nobody.
 func TestStuckLock(t *testing.T) { synctest.Test(t, stuckLock) }
 

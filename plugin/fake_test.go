@@ -121,6 +121,9 @@ func (f *fakeDatapath) Load(_ context.Context, _ string, o datapath.LoadOptions)
 }
 
 func (f *fakeDatapath) Upgrade(ctx context.Context, bpffs string, o datapath.LoadOptions) (Set, bool, error) {
+	if err := f.call("Upgrade"); err != nil {
+		return nil, false, err
+	}
 	s, err := f.Load(ctx, bpffs, o)
 	if err != nil {
 		return nil, false, err

@@ -194,37 +194,39 @@ func (n *Node) probe(ctx context.Context, conf Config, load bool, held *os.File)
 	if errors.Is(err, datapath.ErrNotLoaded) {
 		return v, nil // unloaded meanwhile; the next ADD loads it and finds the verdict
 	}
-	if err == nil && v.Unfit() == nil {
-		set, err = n.renew(ctx, conf, set)
-	}
 	if err != nil {
 		return v, err
 	}
+	if v.Unfit() == nil {
+		set, err = n.renew(ctx, conf, set)
+	}
 	defer set.Close()
-	v, err = n.update(ctx, conf, set, v)
+	if err == nil {
+		v, err = n.update(ctx, conf, set, v)
+	}
 	return v, errors.Join(err, n.adopt(ctx, conf, set))
 }
 
 // renew puts this build's programs in the place of another's, behind a gate that is
 // closed: to open it is for a verdict on the programs that are there, and those may be
-// what it was closed for. It closes set where it returns another or an error.
+// what it was closed for. It returns the set to go on with, and closes the other.
 func (n *Node) renew(ctx context.Context, conf Config, set Set) (Set, error) {
 	now, err := set.Node()
 	if err == nil && now.Open {
 		return set, nil
 	}
 	build, buildErr := set.Build()
-	if err = errors.Join(err, buildErr); err == nil && build == datapath.Build() {
-		return set, nil
-	}
-	set.Close()
-	if err != nil {
-		return nil, err
+	if err = errors.Join(err, buildErr); err != nil || build == datapath.Build() {
+		return set, err
 	}
 	waiting, cancel := context.WithTimeout(ctx, n.lockWait)
 	defer cancel()
 	fresh, _, err := n.Datapath.Upgrade(waiting, conf.BPFFS, datapath.LoadOptions{MaxConnections: conf.MaxConnections})
-	return fresh, err
+	if err != nil {
+		return set, fmt.Errorf("replace another build's programs: %w", err)
+	}
+	set.Close()
+	return fresh, nil
 }
 
 // verdict returns the cached verdict or probes: without one, and where the last

@@ -269,11 +269,23 @@ func TestProbeRenews(t *testing.T) {
 				t.Errorf("gate %+v, this build's programs: %v", b.datapath.node, b.datapath.programs == datapath.Build())
 			}
 			b.mustAdd(request{container: "c2"})
-			if len(b.prober.starts) != 1 {
-				t.Errorf("prober %v", b.prober.starts)
+			if len(b.prober.starts) != 1 || b.datapath.open != 0 {
+				t.Errorf("prober %v, %d sets are open", b.prober.starts, b.datapath.open)
 			}
 		})
 	}
+	t.Run("in vain", func(t *testing.T) {
+		b := newBench(t)
+		b.datapath.loaded, b.datapath.build = true, "another"
+		b.datapath.programs[0]++
+		b.datapath.fail["Upgrade"] = datapath.ErrUnsupported
+		if _, err := b.node().Probe(t.Context(), b.config(), false, nil); !errors.Is(err, datapath.ErrUnsupported) {
+			t.Errorf("error %v", err)
+		}
+		if b.datapath.node.Open || b.datapath.open != 0 {
+			t.Errorf("gate %+v, %d sets are open", b.datapath.node, b.datapath.open)
+		}
+	})
 	t.Run("unsupported", func(t *testing.T) {
 		b := newBench(t)
 		b.datapath.loaded, b.datapath.build = true, "another"

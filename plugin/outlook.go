@@ -68,7 +68,7 @@ type Standing struct {
 type Update string
 
 const (
-	UpToDate     Update = ""         // nothing has to: it does, or ADD opens its gate by it
+	UpToDate     Update = ""         // nothing has to: it does, or an ADD has its gate opened by it
 	UpdateByADD  Update = "next pod" // an ADD has it done in the background
 	UpdateByLoad Update = "load"     // only [Node.Load] does
 )

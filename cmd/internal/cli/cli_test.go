@@ -94,6 +94,7 @@ func (f *fake) SetNode(n datapath.NodeSettings) error {
 	return nil
 }
 func (f *fake) MaxConnections() (uint32, error) { return f.max, nil }
+func (f *fake) Build() ([16]byte, error)        { return datapath.Build(), nil }
 func (f *fake) Pod(id uint64) (datapath.PodSettings, bool, error) {
 	p, ok := f.pods[id]
 	return p, ok, nil
@@ -501,8 +502,9 @@ func TestSize(t *testing.T) {
 // The gate in one line: who gets through, and what guards them.
 func TestGate(t *testing.T) {
 	for want, l := range map[string]plugin.LoadedReport{
-		"closed: the kernel has not been probed, or is not supported": {},
-		"switched off (`skipstack on` switches it on)":                {Open: true, SwitchedOff: true},
+		"closed: the kernel has not been probed, or is not supported":                                                             {SameBuild: true},
+		"closed: the kernel has not been probed, or is not supported, or this build's programs could not replace the loaded ones": {},
+		"switched off (`skipstack on` switches it on)":                                                                            {Open: true, SwitchedOff: true},
 		"open": {Open: true},
 		"open, to pods that accept splice, epoll": {Open: true, Risks: []string{"splice", "epoll"}},
 		"open, splice(2) guarded by lsm":          {Open: true, Guard: datapath.GuardLSM},

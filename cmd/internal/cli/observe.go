@@ -132,6 +132,8 @@ func gate(l *plugin.LoadedReport) string {
 		risks = ", to pods that accept " + strings.Join(l.Risks, ", ")
 	}
 	switch {
+	case !l.Open && !l.SameBuild:
+		return "closed: the kernel has not been probed, or is not supported, or this build's programs could not replace the loaded ones"
 	case !l.Open:
 		return "closed: the kernel has not been probed, or is not supported"
 	case l.SwitchedOff:
