@@ -107,6 +107,12 @@ func runStep(dir, name string, command []string, allowed allowList, out, errs io
 		return false, err
 	}
 	s := step{Name: name, Command: shell(command), Started: time.Now(), Kernel: kernel()}
+	// What the table has of it if this process is killed.
+	s.Failure = "it ended without a result"
+	if err := s.save(dir); err != nil {
+		return false, err
+	}
+	s.Failure = ""
 	fmt.Fprintf(out, "== %s\n", name)
 
 	cmd := exec.Command(command[0], command[1:]...)
@@ -123,28 +129,33 @@ func runStep(dir, name string, command []string, allowed allowList, out, errs io
 	if len(suites) > 0 {
 		s.Runs = []report.Run{{Kernel: s.Kernel, Seconds: s.Seconds, Suites: suites}}
 	}
-	switch more, err := report.Read(own); {
-	case err == nil:
-		s.Runs = append(s.Runs, more...)
-	case !errors.Is(err, fs.ErrNotExist):
-		return false, err
-	}
+	more, err := report.Read(own)
+	s.Runs = append(s.Runs, more...)
 	if len(s.Runs) > 0 {
 		s.Failure = complaint(s.Runs)
 	}
-	if runErr != nil && s.Failure == "" {
-		s.Failure = runErr.Error()
+	if err := errors.Join(runErr, ignoreMissing(err)); err != nil && s.Failure == "" {
+		s.Failure = strings.ReplaceAll(err.Error(), "\n", "; ")
 	}
 	if s.Failure == "" {
 		fmt.Fprintf(out, "== %s: ok, %s\n", name, seconds(s.Seconds))
 	} else {
 		fmt.Fprintf(out, "== %s: FAILED after %s: %s; alone: %s\n", name, seconds(s.Seconds), s.Failure, s.Command)
 	}
+	return s.Failure == "", errors.Join(s.save(dir), ignoreMissing(os.Remove(own)))
+}
+
+// save writes what the step came to, all of it or nothing.
+func (s step) save(dir string) error {
 	text, err := json.MarshalIndent(s, "", " ")
-	if err == nil {
-		err = os.WriteFile(filepath.Join(dir, name+".json"), text, 0o644)
+	if err != nil {
+		return err
 	}
-	return s.Failure == "", errors.Join(err, ignoreMissing(os.Remove(own)))
+	path := filepath.Join(dir, s.Name+".json")
+	if err := os.WriteFile(path+".new", text, 0o644); err != nil {
+		return err
+	}
+	return os.Rename(path+".new", path)
 }
 
 func ignoreMissing(err error) error {

@@ -152,6 +152,37 @@ func TestStepWithReport(t *testing.T) {
 	}
 }
 
+// Nothing but a sound report says that a step is well.
+func TestStepWithBrokenReport(t *testing.T) {
+	for name, in := range map[string]string{"empty": "", "half": `[{"kernel":"6.1.0","suites":[{"name"`} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			out := call(t, failed, "-dir", dir, "step", "vm", "sh", "-c", "cat $0 >$TEST_REPORT", write(t, "in", in))
+			contains(t, out, "FAILED", "read the report", "unexpected end of JSON input; alone: ")
+			out = call(t, failed, "-dir", dir, "table")
+			contains(t, out, "vm: read the report")
+			if got := lastLine(out); got != "0 passed, 1 failed, 0 skipped" {
+				t.Errorf("the last line is %q", got)
+			}
+		})
+	}
+}
+
+// A step of which nothing was heard any more is not well: it may have been killed.
+func TestStepThatDoesNotEnd(t *testing.T) {
+	dir := t.TempDir()
+	call(t, ok, "-dir", dir, "step", "build", "true")
+	// What the table says in the middle of a step is what it says if that never ends.
+	saved := filepath.Join(t.TempDir(), "saved")
+	call(t, ok, "-dir", dir, "step", "vm", "cp", "-r", dir, saved)
+	out := call(t, failed, "-dir", saved, "table")
+	contains(t, out, "build", "vm: it ended without a result; alone: cp -r ")
+	if got := lastLine(out); got != "0 passed, 1 failed, 0 skipped" {
+		t.Errorf("the last line is %q", got)
+	}
+	call(t, ok, "-dir", dir, "table")
+}
+
 func TestUsage(t *testing.T) {
 	for _, args := range [][]string{{}, {"step"}, {"step", "x"}, {"table", "y"}, {"-no-such-flag"}} {
 		call(t, usage, args...)
