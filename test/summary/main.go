@@ -30,6 +30,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -165,9 +166,13 @@ func ignoreMissing(err error) error {
 	return err
 }
 
+// stopTime is how long what a step has started may take to clean up once it was told
+// to stop. Package node gives programs half a minute.
+const stopTime = 2 * time.Minute
+
 // runTests runs the command and reads its output. Signals go to all that the command
 // has started in its process group: make tells its children of some only, the go
-// command tells none.
+// command tells none. It then waits for all of them, as the go command does not.
 func runTests(cmd *exec.Cmd, signals <-chan os.Signal, allowed allowList, out io.Writer) ([]report.Suite, error) {
 	pipe, err := cmd.StdoutPipe()
 	if err != nil {
@@ -180,20 +185,53 @@ func runTests(cmd *exec.Cmd, signals <-chan os.Signal, allowed allowList, out io
 	if err := cmd.Start(); err != nil {
 		return nil, err
 	}
+	group := cmd.Process.Pid
+	var told atomic.Bool
 	ended := make(chan struct{})
 	defer close(ended)
 	go func() {
 		for {
 			select {
 			case s := <-signals:
-				_ = unix.Kill(-cmd.Process.Pid, s.(syscall.Signal))
+				if s == syscall.SIGHUP {
+					s = syscall.SIGTERM // on which programs clean up
+				}
+				// Orphans become children of this process, to be reaped here: not every
+				// container's first process does that.
+				_ = unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+				told.Store(true)
+				_ = unix.Kill(-group, s.(syscall.Signal))
 			case <-ended:
 				return
 			}
 		}
 	}()
 	suites, err := readTests(pipe, out, allowed)
-	return suites, errors.Join(err, cmd.Wait())
+	err = errors.Join(err, cmd.Wait())
+	if told.Load() {
+		err = errors.Join(err, awaitGroup(group, stopTime))
+	}
+	return suites, err
+}
+
+var errLivesOn = errors.New("it was told to stop, and some of what it has started lives on")
+
+// awaitGroup waits until the process group is empty, and reaps those of its processes
+// that are children of this one.
+func awaitGroup(group int, limit time.Duration) error {
+	for deadline := time.Now().Add(limit); ; time.Sleep(50 * time.Millisecond) {
+		for {
+			if pid, err := unix.Wait4(-group, nil, unix.WNOHANG, nil); err != nil || pid <= 0 {
+				break
+			}
+		}
+		if errors.Is(unix.Kill(-group, 0), unix.ESRCH) {
+			return nil
+		}
+		if time.Now().After(deadline) {
+			return fmt.Errorf("%w after %s, in process group %d", errLivesOn, limit, group)
+		}
+	}
 }
 
 // complaint says in a few words what is wrong with the runs; empty: nothing.

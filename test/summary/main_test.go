@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"io"
 	"os"
 	"os/exec"
@@ -224,5 +225,53 @@ func TestSignalEndsAll(t *testing.T) {
 				_ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL)
 			}
 		})
+	}
+}
+
+// A step that is told to stop has ended when all that it has started has: its command
+// may end before the programs that it has started have cleaned up.
+func TestSignalWaitsForCleanup(t *testing.T) {
+	// The program in the background does not keep the output open.
+	const script = `(trap 'sleep 1; : >"$1"; exit' TERM; exec >/dev/null; : >"$0"; while :; do sleep 0.1; done) &
+		until [ -e "$0" ]; do sleep 0.1; done; echo started; wait`
+	for _, s := range []os.Signal{syscall.SIGTERM, syscall.SIGHUP} { // the latter as SIGTERM
+		t.Run(s.String(), func(t *testing.T) {
+			cleaned := filepath.Join(t.TempDir(), "cleaned")
+			out, in := io.Pipe()
+			signals := make(chan os.Signal, 1)
+			ended := make(chan error, 1)
+			go func() {
+				_, err := runTests(exec.Command("sh", "-c", script, filepath.Join(t.TempDir(), "ready"), cleaned), signals, nil, in)
+				ended <- err
+			}()
+			if _, err := io.ReadFull(out, make([]byte, len("started\n"))); err != nil {
+				t.Fatal(err)
+			}
+			signals <- s
+			if err := <-ended; err == nil || errors.Is(err, errLivesOn) {
+				t.Errorf("it ended with %v", err)
+			}
+			if _, err := os.Stat(cleaned); err != nil {
+				t.Errorf("what was started was not waited for: %v", err)
+			}
+		})
+	}
+}
+
+func TestAwaitGroup(t *testing.T) {
+	cmd := exec.Command("sleep", "1000")
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	group := cmd.Process.Pid
+	if err := awaitGroup(group, 0); !errors.Is(err, errLivesOn) {
+		t.Errorf("%v", err)
+	}
+	if err := cmd.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	if err := awaitGroup(group, time.Minute); err != nil {
+		t.Error(err)
 	}
 }
