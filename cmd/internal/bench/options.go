@@ -52,7 +52,7 @@ func (f *flags) add(cmd *cobra.Command) {
 	set.DurationVar(&f.length, "length", minLength, "`DURATION` of one run")
 	set.StringVar(&f.sockets, "sockets", blockingSockets, "what the generators use: blocking, or nonblocking with poll(2)")
 	set.StringVar(&f.congestion, "congestion-control", "", "TCP's congestion control of both kinds of run, such as cubic; the node's own if empty: a `NAME`")
-	set.StringVar(&f.reference, "reference", "", "unix: measure over an AF_UNIX stream too, which has no network at all: with --full as often as the pairs, at each point, else where and as often as the set's time allows")
+	set.StringVar(&f.reference, "reference", "", "unix: measure over an AF_UNIX stream too, which has no network at all: with --full a run for each of the least pairs of each point, else where and as often as the set's time allows")
 	set.StringVar(&f.cniPath, "cni-path", defaultCNIPath, "`DIRECTORY` of the CNI plugins")
 	set.StringVar(&f.conflist, "conflist", "", "make the two pods on this node, by the chain of this `FILE`")
 	f.files.add(set)

@@ -15,8 +15,8 @@ type reference struct {
 	of     map[Point]*samples // by [reference.key]
 }
 
-// reference plans how AF_UNIX is measured at points: with as many runs as pairs at all of
-// them, or at a few, or else in one run at as many as there is time for.
+// reference plans how AF_UNIX is measured at points: with as many runs as the least
+// pairs at all of them, or at a few, or else in one run at as many as there is time for.
 func (p Parameters) reference(points []Point) *reference {
 	r := &reference{runs: p.Repeats, of: map[Point]*samples{}}
 	if !p.Unix {
