@@ -25,6 +25,11 @@ BUILD := CGO_ENABLED=0 $(GO) build -trimpath -ldflags='-s -w' $(VCS)
 # Runs a program of test/ as the recipe's own process: a signal that ends `go run`
 # would leave it running.
 tool = $(GO) build $(VCS) -o .cache/bin/$(1) ./test/$(1) && exec .cache/bin/$(1)
+# Ends a line of a recipe: each has a shell of its own, which exec may end.
+define newline
+
+
+endef
 
 CNI_PLUGINS := plugins/main/bridge plugins/main/ptp plugins/main/loopback plugins/ipam/host-local plugins/meta/portmap
 
@@ -120,11 +125,9 @@ TIERS ?= integration runtimes vm
 .PHONY: support
 support: ## As root: run the tests on runtimes and kernels, and write docs/support.md; needs apt
 	$(Q)rm -rf .cache/support && mkdir -p .cache/support
-	$(Q)for t in $(TIERS); do \
-		$(GO) run ./test/summary -dir .cache/support -allow .ci/allowed-skips step $$t $(MAKE) test-$$t || exit; \
-	done
+	$(foreach t,$(TIERS),$(Q)$(call tool,summary) -dir .cache/support -allow .ci/allowed-skips step $(t) $(MAKE) test-$(t)$(newline))
 	$(call say,GENERATE,docs/support.md)
-	$(Q)$(GO) run ./test/summary -dir .cache/support support docs
+	$(Q)$(call tool,summary) -dir .cache/support support docs
 
 .PHONY: test-kubelet
 test-kubelet: ## Run pods by a kubelet and kube-proxy under QEMU; needs apt, no root (half an hour, then 15 minutes)
