@@ -11,6 +11,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/skipstack/skipstack/test/debian"
 	"github.com/skipstack/skipstack/test/must"
 	"github.com/skipstack/skipstack/test/node"
@@ -33,9 +35,32 @@ func TestMain(m *testing.M) {
 		Tools:   []string{"bridge", "host-local", "loopback", "portmap"},
 		Prepare: func(ctx context.Context) (clean func(), err error) {
 			sweepV1()
-			return sweepV1, fetch(ctx)
+			if err := fetch(ctx); err != nil {
+				return sweepV1, err
+			}
+			remove, err := makeCache()
+			return func() { sweepV1(); remove() }, err
 		},
 	}))
+}
+
+// cniCache is where containerd has libcni keep results, and takes no other place for it:
+// the machine may have pods of its own there.
+const cniCache = "/var/lib/cni"
+
+// makeCache makes the directory where there is none. The function that it returns then
+// removes it.
+func makeCache() (remove func(), err error) {
+	if _, err := os.Stat(cniCache); err == nil {
+		return func() {}, nil
+	}
+	return func() { os.Remove(cniCache) }, os.MkdirAll(cniCache, 0o700)
+}
+
+// coverCache mounts an empty file system over it in the private machine.
+func coverCache() (uncover func() error, err error) {
+	err = unix.Mount("tmpfs", cniCache, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "mode=0700")
+	return func() error { return unix.Unmount(cniCache, unix.MNT_DETACH) }, err
 }
 
 var series = []containerd.Series{containerd.V1, containerd.V2}

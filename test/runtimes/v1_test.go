@@ -72,7 +72,16 @@ func (o ownV1) Run() int {
 		fmt.Fprintln(os.Stderr, "cover cgroup version 1:", err)
 		return 1
 	}
+	uncover, err := coverCache()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "cover the CNI cache:", err)
+		return 1
+	}
 	exit := o.M.Run()
+	if err := uncover(); err != nil {
+		fmt.Fprintln(os.Stderr, "uncover the CNI cache:", err)
+		exit = max(exit, 1)
+	}
 	for _, h := range all {
 		if err := unix.Unmount(h.dir, unix.MNT_DETACH); err != nil {
 			fmt.Fprintf(os.Stderr, "uncover %s: %v\n", h.dir, err)

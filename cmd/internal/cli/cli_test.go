@@ -12,6 +12,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -179,8 +180,12 @@ func record(t *testing.T, runDir string) {
 	}
 }
 
-// exec runs a command line.
+// exec runs a command line, which does not see the machine's own CNI cache.
 func exec(f *fake, args ...string) (code int, stdout, stderr string) {
+	cache := func(arg string) bool { return strings.HasPrefix(arg, "--cni-cache-dir") }
+	if len(args) > 0 && (args[0] == "uninstall" || args[0] == "status") && !slices.ContainsFunc(args, cache) {
+		args = append(slices.Clone(args), "--cni-cache-dir", "/no/such/cache")
+	}
 	var out, errs bytes.Buffer
 	deps := plugin.Deps{Datapath: f, Cgroups: cgroups{}, Verdicts: verdicts{f}, Log: func(plugin.Config) (*slog.Logger, io.Closer) {
 		return slog.New(slog.NewTextHandler(&errs, nil)), io.NopCloser(nil)
