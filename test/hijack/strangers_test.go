@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"testing"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -226,6 +227,19 @@ func (l *lab) hub() {
 		var never uint32
 		return netlink.LinkModify(&netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: "cni0"}, AgeingTime: &never})
 	}))
+	// br_set_ageing_time() leaves it to a work item to forget what was learned; until then
+	// frames for those addresses go to one port.
+	must.Wait(l.t, patience, time.Millisecond, func() error {
+		return l.node.Do(func() error {
+			entries, err := netlink.NeighList(0, unix.AF_BRIDGE)
+			for _, e := range entries {
+				if err == nil && e.State&(netlink.NUD_PERMANENT|netlink.NUD_NOARP) == 0 {
+					err = fmt.Errorf("the bridge still knows where %s is", e.HardwareAddr)
+				}
+			}
+			return err
+		})
+	})
 }
 
 // impostor makes a cell in a pod that has taken over another's addresses; what
