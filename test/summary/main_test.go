@@ -204,8 +204,9 @@ func TestSignalEndsAll(t *testing.T) {
 			out, in := io.Pipe()
 			signals := make(chan os.Signal, 1)
 			ended := make(chan error, 1)
-			// Both shells' children keep the output open while they live.
-			cmd := exec.Command("sh", "-c", "sh -c 'echo started; sleep 1000; :' ; :")
+			// Both shells' children keep the output open while they live. The last one says so
+			// itself: a SIGINT that meets a shell's child before its exec(3) may be lost (dash).
+			cmd := exec.Command("sh", "-c", "sh -c 'tail -f \"$0\"; :' \"$0\"; :", write(t, "says", "started\n"))
 			go func() {
 				_, err := runTests(cmd, signals, nil, in)
 				ended <- err
